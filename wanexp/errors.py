@@ -1,0 +1,13 @@
+"""The errors a user can cause. Each message is one line: what is wrong, what was found, what to write."""
+
+
+class UserError(ValueError):
+    """Bad input. The program prints the message alone and exits with code 2."""
+
+
+class LayoutError(UserError):
+    """A layout that makes no sense for these devices or this model; a sweep records such a cell as `skipped`."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, of another model, or of a kind that is not supported."""
