@@ -1,0 +1,222 @@
+"""The safetensors format: 8 bytes header length, a JSON header, then the tensors' raw bytes.
+
+Written out here, and not left to the library, because a 26 GB file must open by its header alone, be read
+tensor by tensor into memory that is the tensor's own (the library hands out views of the mapped file), and be
+written tensor by tensor. Every number in a header is checked before it is used.
+"""
+
+import ctypes
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from wanexp.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+STAGING_BYTES = 64 * 2**20  # read and copied at once on the way to a GPU
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_ITEM_BYTES = {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} | {
+    **dict.fromkeys(("BOOL", "U8", "I8"), 1),
+    **dict.fromkeys(("U16", "I16"), 2),
+    **dict.fromkeys(("U32", "I32"), 4),
+    **dict.fromkeys(("U64", "I64"), 8),
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: `offset` in bytes from the start of `file`, `dtype` in safetensors' words."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of one file says; `raw` is its JSON text as it stands in the file."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+    raw: bytes
+    file_bytes: int
+
+
+def read_header(file: Path) -> Header:
+    """Reads and checks the header of a safetensors file, and nothing else of it.
+
+    Raises CheckpointError for a file that is no safetensors file, or whose tensors do not lie inside it
+    (truncated).
+    """
+    try:
+        file_bytes = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{file} is not a safetensors file: its header claims {length} bytes "
+                    f"(allowed: 2 to {MAX_HEADER_BYTES})"
+                )
+            raw = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
+    if len(raw) < length:
+        raise CheckpointError(
+            f"{file} is truncated or no safetensors file: header of {length} bytes in {file_bytes}"
+        )
+    content = _parse_json(raw, file)
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{file} is damaged: its __metadata__ is not a table")
+    data_start = 8 + length
+    tensors = {name: _stored_tensor(file, name, entry, data_start) for name, entry in content.items()}
+    _check_places(file, tensors, file_bytes)
+    return Header(tensors, metadata, raw, file_bytes)
+
+
+def read_tensor(stored: StoredTensor, device: torch.device) -> torch.Tensor:
+    """The tensor as stored (shape and dtype of `stored`), in memory of its own on `device`.
+
+    Host memory in use: nothing beside the result on a CPU, a few pinned buffers of STAGING_BYTES for a GPU.
+    Raises CheckpointError if the file has changed since its header was read.
+    """
+    tensor = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype], device=device)
+    target = tensor.reshape(-1).view(torch.uint8)
+    try:
+        with stored.file.open("rb", buffering=0) as stream:
+            stream.seek(stored.offset)
+            if device.type == "cpu":
+                _read_exactly(stream, target, stored)
+                return tensor
+            for start in range(0, stored.num_bytes, STAGING_BYTES):
+                part = target[start : start + STAGING_BYTES]
+                # torch's pinned allocator gives a buffer out again only after the copy that reads it has
+                # ended, so the disk and the link work at the same time and the buffers are few.
+                staging = torch.empty(part.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+                _read_exactly(stream, staging, stored)
+                part.copy_(staging, non_blocking=device.type == "cuda")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {stored.file}: {error.strerror or error}") from error
+    return tensor
+
+
+def encode_header(
+    entries: list[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """Header bytes (length included) for (name, dtype, shape) entries, and each tensor's offset in the file.
+
+    Wide dtypes come first: with the header padded to 8 bytes every tensor is then aligned to its items, which
+    the safetensors library needs.
+    """
+    content: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    starts = {}
+    for name, dtype, shape in sorted(entries, key=lambda entry: -_ITEM_BYTES[entry[1]]):
+        num_bytes = _volume(shape) * _ITEM_BYTES[dtype]
+        content[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, position + num_bytes],
+        }
+        starts[name] = position
+        position += num_bytes
+    raw = json.dumps(content, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    data_start = 8 + len(raw)
+    return struct.pack("<Q", len(raw)) + raw, {name: data_start + start for name, start in starts.items()}
+
+
+def tensor_bytes(tensor: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
+    """The memory of a contiguous CPU tensor as a buffer. The tensor must outlive the buffer."""
+    # Not numpy: it knows neither bf16 nor fp8, and torch runs without it.
+    assert tensor.device.type == "cpu" and tensor.is_contiguous()
+    return (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+
+
+def _read_exactly(stream: BinaryIO, target: torch.Tensor, stored: StoredTensor) -> None:
+    view = memoryview(tensor_bytes(target)).cast("B")
+    done = 0
+    while done < len(view):
+        count = stream.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise CheckpointError(f"{stored.file} is truncated: it ends inside {stored.name}")
+        done += count
+
+
+def _parse_json(raw: bytes, file: Path) -> dict[str, Any]:
+    def refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            raise ValueError("a name stands twice")
+        return table
+
+    try:
+        content = json.loads(raw, object_pairs_hook=refuse_doubles)
+        if not isinstance(content, dict):
+            raise ValueError("not a table")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} is not a safetensors file: its header is not valid JSON ({error})"
+        ) from error
+    return content
+
+
+def _stored_tensor(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    if not name.isprintable() or len(name) > 300:  # names stand in one-line messages
+        raise CheckpointError(f"{file} is damaged: its header has the strange tensor name {name[:40]!r}")
+    try:
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, start, end]
+        sane = isinstance(dtype, str) and all(type(number) is int and number >= 0 for number in numbers)
+    except (KeyError, TypeError, ValueError):
+        sane = False
+    if not sane:
+        raise CheckpointError(
+            f"{file} is damaged: its header does not describe {name} (dtype, shape, offsets)"
+        )
+    if dtype in _ITEM_BYTES and _volume(shape) * _ITEM_BYTES[dtype] != end - start:
+        raise CheckpointError(
+            f"{file} is damaged: {name} is {dtype} {list(shape)} but has {end - start} bytes in the header"
+        )
+    return StoredTensor(file, name, dtype, tuple(shape), data_start + start, end - start)
+
+
+def _check_places(file: Path, tensors: dict[str, StoredTensor], file_bytes: int) -> None:
+    """Raises CheckpointError where tensors overlap or end behind the end of the file."""
+    previous_end = 0
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.num_bytes)):
+        end = tensor.offset + tensor.num_bytes
+        if tensor.num_bytes < 0 or tensor.offset < previous_end:
+            raise CheckpointError(f"{file} is damaged: {tensor.name} overlaps another tensor")
+        previous_end = end
+    if previous_end > file_bytes:
+        beyond = [t.name for t in tensors.values() if t.offset + t.num_bytes > file_bytes]
+        raise CheckpointError(
+            f"{file} is truncated: it has {file_bytes} bytes of {previous_end}; {len(beyond)} tensors are "
+            f"incomplete, such as {beyond[0]}; download or copy it again"
+        )
+
+
+def _volume(shape: tuple[int, ...] | list[int]) -> int:
+    volume = 1
+    for size in shape:
+        volume *= size
+    return volume

@@ -1,0 +1,210 @@
+"""Where weights come from (a checkpoint, or a hash), and how they get into a model that was built on meta."""
+
+import hashlib
+import math
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from wanexp.errors import CheckpointError
+from wanexp.wan.architecture import WanArchitecture
+from wanexp.wan.checkpoint import open_checkpoint, open_experts
+
+if TYPE_CHECKING:
+    from wanexp.wan.transformer import WanTransformer
+
+# Elements hashed at once: on a CPU what stays near its cache; a GPU wants more work in one kernel (230 MiB).
+_CHUNK = {"cpu": 2**20, "cuda": 2**23}
+_LOW_32_BITS = 2**32 - 1
+
+
+class WeightSource(Protocol):
+    """What weights can be read from, tensor by tensor, under native names."""
+
+    @property
+    def architecture(self) -> WanArchitecture: ...
+
+    def read(self, name: str, *, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+        """The whole tensor `name` as `dtype` on `device`, in memory of its own."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Where the weights come from, for the record."""
+        ...
+
+
+@dataclass(frozen=True)
+class RandomWeights:
+    """Weights that are a pure function of (seed, tensor name, element index).
+
+    Integer arithmetic makes them, so every device gives the same bits, in any order and on any rank. Every
+    value is a bf16 number whatever dtype is asked for: a model in fp32, its bf16 twin and a checkpoint of
+    either are the same model. The sizes keep activations of a forward near unit variance.
+    """
+
+    architecture: WanArchitecture
+    seed: int = 0
+
+    def read(self, name: str, *, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor of native `name`. Temporaries take 256 MiB at most.
+
+        Raises CheckpointError for an unknown name.
+        """
+        shape = self._shapes.get(name)
+        if shape is None:
+            raise CheckpointError(f"this architecture has no tensor {name}")
+        mean, std = _distribution(name, shape, self.architecture.dim)
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        flat = tensor.view(-1)
+        chunk = _CHUNK.get(tensor.device.type, 2**20)
+        for start in range(0, flat.numel(), chunk):
+            part = flat[start : start + chunk]
+            hashed = _hash_range(self.seed, name, start, start + part.numel(), tensor.device)
+            part.copy_(_to_uniform(hashed, mean, std))
+        return tensor
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self.architecture.tensor_shapes())
+
+    def describe(self) -> dict[str, Any]:
+        return {"source": "random", "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading cost. `num_bytes` counts the parameters as they lie on the devices."""
+
+    num_tensors: int
+    num_bytes: int
+    seconds: float
+
+
+def expert_seed(seed: int, expert: int) -> int:
+    """Seed of the random weights of expert 0, 1, ... of a model."""
+    return seed + expert
+
+
+def open_weights(
+    checkpoint: str | Path | None, architecture: WanArchitecture, *, num_experts: int = 1, seed: int = 0
+) -> list[WeightSource]:
+    """One source of weights per expert, high noise first: the checkpoint's, or random ones if it is None.
+
+    Raises CheckpointError if the checkpoint cannot be read or is not of this architecture.
+    """
+    if checkpoint is None:
+        return [RandomWeights(architecture, expert_seed(seed, expert)) for expert in range(num_experts)]
+    opened = open_experts(checkpoint, num_experts)
+    for source in opened:
+        source.expect(architecture)
+    return list(opened)
+
+
+def load_weights(
+    model: nn.Module,
+    source: WeightSource,
+    *,
+    device_of: Callable[[str], torch.device | str],
+    dtype: torch.dtype | None = None,
+    requires_grad: bool = False,
+    on_tensor: Callable[[str, int], None] | None = None,
+) -> LoadReport:
+    """Replaces every parameter of `model` (built on meta) by a real one on the device that owns it.
+
+    Only the names that the model has are read, so a model cut down to a few blocks loads from a whole
+    checkpoint. `device_of` maps a parameter's name to its device; `dtype` None keeps the dtype that each
+    parameter has on meta. `on_tensor(name, num_bytes)` is called after each. Raises CheckpointError, before
+    anything is read, if the source lacks a name or has another shape.
+    """
+    start = time.perf_counter()
+    wanted = dict(model.named_parameters())
+    _check_fit({name: tuple(parameter.shape) for name, parameter in wanted.items()}, source)
+    num_bytes = 0
+    devices = set()
+    for name, parameter in wanted.items():
+        tensor = source.read(name, device=device_of(name), dtype=dtype or parameter.dtype)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=requires_grad))
+        num_bytes += tensor.nbytes
+        devices.add(tensor.device)
+        if on_tensor:
+            on_tensor(name, tensor.nbytes)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # copies run behind the host; the time must contain them
+    return LoadReport(len(wanted), num_bytes, time.perf_counter() - start)
+
+
+def load_transformer(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> "WanTransformer":
+    """The transformer of a checkpoint (a safetensors file, an index or a folder) on one device, in eval mode.
+
+    Raises CheckpointError, one line, for whatever is wrong with the checkpoint.
+    """
+    from wanexp.wan.transformer import WanTransformer
+
+    checkpoint = open_checkpoint(path)
+    with torch.device("meta"):
+        model = WanTransformer(checkpoint.architecture, dtype=dtype)
+    load_weights(model, checkpoint, device_of=lambda _: device)
+    return model.eval()
+
+
+def _check_fit(wanted: dict[str, tuple[int, ...]], source: WeightSource) -> None:
+    held = dict(source.architecture.tensor_shapes())
+    for name, shape in wanted.items():
+        if name not in held:
+            raise CheckpointError(f"the model needs {name}, which the weights do not have")
+        if held[name] != shape:
+            raise CheckpointError(f"the model's {name} is {list(shape)}, the weights have {list(held[name])}")
+
+
+def _distribution(name: str, shape: tuple[int, ...], dim: int) -> tuple[float, float]:
+    """(mean, standard deviation) that a tensor's random values get."""
+    if name.endswith("modulation"):
+        return 0.0, dim**-0.5  # as Wan initialises it
+    if name.endswith(".weight"):
+        if len(shape) == 1:
+            return 1.0, 0.1  # a norm's
+        return 0.0, math.prod(shape[1:]) ** -0.5
+    return 0.0, 0.02  # biases and learned positions
+
+
+def _hash_range(seed: int, name: str, start: int, stop: int, device: torch.device) -> torch.Tensor:
+    """Hash of each element index in [start, stop): int64 in [0, 2^32).
+
+    A 32-bit finaliser of two multiplications (constants of https://github.com/skeeto/hash-prospector), in
+    int64 and with multipliers under 2^31, so that no product overflows. Each tensor starts elsewhere and
+    walks with a stride of its own: with one stride large tensors would be shifted copies of each other.
+    """
+    key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    offset, stride = struct.unpack("<II", key[:8])
+    stride = (stride >> 1) | 1  # odd: every index of a tensor keeps a value of its own
+    x = torch.arange(start, stop, dtype=torch.int64, device=device)
+    x.mul_(stride).add_(offset).bitwise_and_(_LOW_32_BITS)
+    x.bitwise_xor_(x >> 16).mul_(0x21F0AAAD).bitwise_and_(_LOW_32_BITS)
+    x.bitwise_xor_(x >> 15).mul_(0x735A2D97).bitwise_and_(_LOW_32_BITS)
+    return x.bitwise_xor_(x >> 15)
+
+
+def _to_uniform(hashed: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    """bf16 values of a uniform distribution from 32-bit hashes. Overwrites `hashed`."""
+    # The upper 24 bits become an odd integer of (-2^24, 2^24), which fp32 holds exactly; one rounded product
+    # and one rounded sum follow, which every device computes alike.
+    hashed.bitwise_right_shift_(8).mul_(2).sub_(2**24 - 1)
+    values = hashed.to(torch.float32).mul_(_to_float32(std * math.sqrt(3) / 2**24))
+    if mean:
+        values.add_(mean)
+    return values.to(torch.bfloat16)
+
+
+def _to_float32(value: float) -> float:
+    return struct.unpack("<f", struct.pack("<f", value))[0]
