@@ -1,0 +1,27 @@
+"""What a launch hands to every rank: plain data that travels to the worker processes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from wanexp.config import RunConfig
+from wanexp.planning.plan import Plan
+
+
+@dataclass(frozen=True)
+class Job:
+    """One launch of the ranks of `plan`.
+
+    folder: of events and logs. run_folder: of the answer that parity compares, and of artifacts.
+    num_threads: CPU threads of a rank; the reference uses as many as the run, so that the sums run alike.
+    reference_of: None for the run itself; for its reference (mode none) the sizes of the shares that the run computed
+    its batch in, which the reference repeats so that the kernels see the same shapes.
+    num_blocks: how many of the first blocks the reference compares; None for all.
+    """
+
+    config: RunConfig
+    plan: Plan
+    folder: Path
+    run_folder: Path
+    num_threads: int
+    reference_of: tuple[int, ...] | None = None
+    num_blocks: int | None = None

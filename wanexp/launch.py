@@ -1,0 +1,196 @@
+"""Starting the ranks of a job, watching them, and saying how they ended.
+
+The processes are started and ended by torch's elastic agent. They are forked from a server that has torch loaded and
+no CUDA context, so a start costs little and no state leaks from one run into the next. Beside the agent a watcher
+reads the ranks' events: it feeds the progress display, and ends a launch that takes too long or shows no sign of life.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from wanexp import worker
+from wanexp.events import Event, EventTail, log_path
+from wanexp.job import Job
+
+POLL_S = 0.1
+
+
+@dataclass
+class Launched:
+    """How a launch ended. reports: by rank, of the ranks that came to their end."""
+
+    outcome: str  # finished, oom, timeout, failed, interrupted
+    message: str = ""
+    error: dict[str, Any] | None = None
+    reports: dict[int, dict[str, Any]] = field(default_factory=dict)
+    steps: dict[int, list[float]] = field(default_factory=dict)  # seconds a step by rank, also of ranks that died
+
+
+def launch(job: Job, *, on_event: Callable[[Event], None] = lambda _event: None) -> Launched:
+    """Run `job` on its ranks and wait. Never raises for what happens inside the ranks, nor for Ctrl-C."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    multiprocessing.set_forkserver_preload(["wanexp.worker"])
+    watcher = Watcher(job, on_event)
+    interrupted = ""
+    exit_codes: dict[int, int] = {}
+    num_ranks = job.plan.layout.num_ranks
+    with quiet_agent(), kept_signal_handlers(), watcher:
+        try:
+            elastic_launch(launch_config(num_ranks), worker.main)(job)
+        except ChildFailedError as error:
+            exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        except (SignalException, KeyboardInterrupt) as error:
+            interrupted = signal.Signals(getattr(error, "sigval", signal.SIGINT)).name
+    return verdict(job, watcher, exit_codes, interrupted)
+
+
+def launch_config(num_ranks: int) -> LaunchConfig:
+    """One node, a rendezvous of its own on loopback, no restarts."""
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=POLL_S,
+        start_method="forkserver",
+    )
+
+
+def verdict(job: Job, watcher: "Watcher", exit_codes: dict[int, int], interrupted: str) -> Launched:
+    """The outcome: what the user or the watcher ended, else what the rank that failed first says."""
+    launched = Launched("finished", reports=watcher.reports, steps=watcher.steps)
+    first_error = min(watcher.errors, key=lambda event: event["time"], default=None)
+    if interrupted:
+        launched.outcome, launched.message = "interrupted", f"interrupted by {interrupted}"
+    elif watcher.timeout_message:
+        launched.outcome, launched.message = "timeout", watcher.timeout_message
+    elif first_error:
+        launched.outcome = first_error["outcome"]
+        launched.message = f"rank {first_error['rank']}: {first_error['type']}: {first_error['message']}"
+        launched.error = {key: first_error[key] for key in ("rank", "type", "message", "traceback")}
+    elif exit_codes or len(watcher.reports) < job.plan.layout.num_ranks:
+        rank, code = min(exit_codes.items(), default=(0, 0))
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        hint = "; was the host out of memory?" if code == -signal.SIGKILL else ""
+        launched.outcome = "failed"
+        launched.message = f"rank {rank} {how}{hint} (its log: {log_path(job.folder, rank)})"
+        launched.error = {"rank": rank, "type": "ProcessEnded", "message": launched.message, "traceback": ""}
+    return launched
+
+
+class Watcher(threading.Thread):
+    """Reads the ranks' events; kills all ranks when the launch takes too long or stalls."""
+
+    def __init__(self, job: Job, on_event: Callable[[Event], None]) -> None:
+        super().__init__(name="wanexp-watcher", daemon=True)
+        self.job = job
+        self.on_event = on_event
+        self.reports: dict[int, dict[str, Any]] = {}
+        self.steps: dict[int, list[float]] = {}
+        self.errors: list[Event] = []
+        self.timeout_message = ""
+        self._pids: dict[int, int] = {}
+        self._last_seen = dict.fromkeys(range(job.plan.layout.num_ranks), time.monotonic())
+        self._phase = dict.fromkeys(self._last_seen, "start")
+        self._begin = time.monotonic()
+        self._done = threading.Event()
+        self._tail = EventTail(job.folder, self._last_seen)
+
+    def __enter__(self) -> "Watcher":
+        self.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._done.set()
+        self.join()
+        self._read()
+
+    def run(self) -> None:
+        while not self._done.wait(POLL_S):
+            self._read()
+            limits, now = self.job.config.limits, time.monotonic()
+            working = [rank for rank in self._last_seen if rank not in self.reports]
+            if not working or self.timeout_message:
+                continue
+            silent = min(working, key=lambda rank: self._last_seen[rank])
+            if all(now - self._last_seen[rank] > limits.stall_s for rank in working):
+                self._give_up(
+                    f"no sign of life for {limits.stall_s:g} s (limits.stall_s); rank {silent} fell silent first, "
+                    f"in phase '{self._phase[silent]}'"
+                )
+            elif now - self._begin > limits.run_s:
+                self._give_up(
+                    f"not done after {limits.run_s:g} s (limits.run_s); rank {silent} is in phase "
+                    f"'{self._phase[silent]}'"
+                )
+
+    def _read(self) -> None:
+        for event in self._tail.poll():
+            rank, kind = event["rank"], event["kind"]
+            self._last_seen[rank] = time.monotonic()
+            if kind == "start":
+                self._pids[rank] = event["pid"]
+            elif kind == "progress":
+                self._phase[rank] = event["phase"]
+            elif kind == "step":
+                self.steps.setdefault(rank, []).append(event["seconds"])
+            elif kind == "error":
+                self.errors.append(event)
+            elif kind == "report":
+                self.reports[rank] = event["report"]
+            self.on_event(event)
+
+    def _give_up(self, message: str) -> None:
+        """Have every rank print its stacks to its log, then kill it; the agent sees that and ends the launch."""
+        self.timeout_message = message
+        for signal_number, pause in ((signal.SIGUSR1, 0.5), (signal.SIGKILL, 0.0)):
+            for pid in self._pids.values():
+                try:
+                    os.kill(pid, signal_number)
+                except ProcessLookupError:
+                    continue
+            time.sleep(pause)
+
+
+@contextmanager
+def quiet_agent() -> Iterator[None]:
+    """The agent's own logging repeats, in paragraphs, what `verdict` says in a line."""
+    logger = logging.getLogger("torch.distributed.elastic")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    for name in ("agent.server.api", "multiprocessing.api"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def kept_signal_handlers() -> Iterator[None]:
+    """The agent installs handlers for these and leaves them."""
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in signals}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,190 @@
+"""Where a run took place, for its record: versions, machine, GPUs and their links, environment variables.
+
+Two halves: `host_environment` in the parent (no torch, no CUDA context) and `torch_environment` in a worker.
+Whatever cannot be had is None or left out; nothing here raises.
+"""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import wanexp
+from wanexp.hardware.devices import Device, container_memory_limit, cpu_name
+from wanexp.hardware.nvml import NvmlUnavailable, ask, handle_of, open_nvml
+
+GIB = 1024**3
+PACKAGES = ("torch", "triton", "mlflow", "hydra-core", "omegaconf", "safetensors", "nvidia-ml-py")
+VARIABLES = re.compile(r"(CUDA|NCCL|PYTORCH|TORCH)_.*|OMP_NUM_THREADS")
+SECRET_NAMES = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
+CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user:password of an address
+MAX_NVLINKS = 18
+P2P_READ, P2P_NVLINK = 0, 2  # NVML_P2P_CAPS_INDEX_*; in pynvml the constant for READ is a tuple by mistake
+
+
+def host_environment(devices: Sequence[Device], *, nvml: Any = None) -> dict[str, Any]:
+    """Everything that the parent can tell without torch, ready for JSON. `nvml`: for pynvml, in tests."""
+    return {
+        "wanexp": wanexp.__version__,
+        "git": git_state(Path(wanexp.__file__).parents[1]),
+        "python": platform.python_version(),
+        "python_executable": sys.executable,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "host": {
+            "name": platform.node(),
+            "os": platform.platform(),
+            "cpu": cpu_name(),
+            "cores_physical": psutil.cpu_count(logical=False),
+            "cores_logical": psutil.cpu_count(logical=True),
+            "cores_usable": _usable_cores(),
+            "memory_gib": _gib(psutil.virtual_memory().total),
+            "memory_limit_gib": _gib(container_memory_limit()),
+        },
+        "variables": relevant_variables(os.environ),
+        **_gpu_environment(devices, nvml),
+    }
+
+
+def torch_environment() -> dict[str, Any]:
+    """What torch says of itself and its libraries. To be called in a worker: some of it needs CUDA."""
+    import torch
+
+    nccl = None
+    if torch.cuda.is_available() and torch.distributed.is_nccl_available():
+        nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
+    return {
+        "version": torch.__version__,
+        "git": torch.version.git_version,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
+        "nccl": nccl,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """`commit` and `dirty` (tracked files changed) of the source tree `folder`; None without git."""
+    if not (folder / ".git").exists():  # an installed package may lie in a repository that is not ours
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """CUDA_*, NCCL_*, PYTORCH_*, TORCH_* and OMP_NUM_THREADS; what may be a secret is replaced by "***"."""
+    return {
+        name: "***" if SECRET_NAMES.search(name.upper()) else CREDENTIALS.sub("***", value)
+        for name, value in sorted(environment.items())
+        if VARIABLES.fullmatch(name)
+    }
+
+
+def _gpu_environment(devices: Sequence[Device], nvml: Any) -> dict[str, Any]:
+    """`driver`, `gpus` (label -> facts) and `topology` ("gpu0-gpu1" -> facts); empty on CPU devices."""
+    gpus = [device for device in devices if device.type == "cuda"]
+    if not gpus:
+        return {}
+    facts: dict[str, Any] = {"gpus": {gpu.label: _basics(gpu) for gpu in gpus}}
+    try:
+        nvml = open_nvml(nvml)
+    except NvmlUnavailable as error:
+        return facts | {"nvml_error": str(error)}
+    try:
+        cuda = ask(nvml, nvml.nvmlSystemGetCudaDriverVersion)
+        facts["driver"] = ask(nvml, nvml.nvmlSystemGetDriverVersion)
+        facts["driver_cuda"] = None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}"
+        handles = {gpu.label: handle for gpu in gpus if (handle := handle_of(nvml, gpu.uuid)) is not None}
+        for label, handle in handles.items():
+            facts["gpus"][label] |= _gpu_facts(nvml, handle)
+        facts["topology"] = {
+            f"{first}-{second}": _link_facts(nvml, handles[first], handles[second])
+            for first, second in combinations(handles, 2)
+        }
+    finally:
+        nvml.nvmlShutdown()
+    return facts
+
+
+def _basics(gpu: Device) -> dict[str, Any]:
+    return {
+        "name": gpu.name,
+        "uuid": gpu.uuid,
+        "memory_gib": _gib(gpu.total_bytes),
+        "compute_capability": ".".join(str(part) for part in gpu.compute_capability or ()) or None,
+        "peers": list(gpu.peers),
+    }
+
+
+def _gpu_facts(nvml: Any, handle: Any) -> dict[str, Any]:
+    limit = ask(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+    links = [ask(nvml, nvml.nvmlDeviceGetNvLinkState, handle, link) for link in range(MAX_NVLINKS)]
+    return {
+        "power_limit_w": None if limit is None else limit / 1000,
+        "max_sm_clock_mhz": ask(nvml, nvml.nvmlDeviceGetMaxClockInfo, handle, nvml.NVML_CLOCK_SM),
+        "pcie_generation": ask(nvml, nvml.nvmlDeviceGetCurrPcieLinkGeneration, handle),  # falls when idle
+        "pcie_max_generation": ask(nvml, nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
+        "pcie_width": ask(nvml, nvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
+        "pcie_max_width": ask(nvml, nvml.nvmlDeviceGetMaxPcieLinkWidth, handle),
+        "nvlinks_active": sum(1 for state in links if state == nvml.NVML_FEATURE_ENABLED),
+    }
+
+
+def _link_facts(nvml: Any, first: Any, second: Any) -> dict[str, Any]:
+    """ancestor: where the paths of two GPUs meet; p2p_read, p2p_nvlink: whether the driver allows it."""
+    ancestors = {
+        nvml.NVML_TOPOLOGY_INTERNAL: "same board",
+        nvml.NVML_TOPOLOGY_SINGLE: "one PCIe switch",
+        nvml.NVML_TOPOLOGY_MULTIPLE: "several PCIe switches",
+        nvml.NVML_TOPOLOGY_HOSTBRIDGE: "host bridge",
+        nvml.NVML_TOPOLOGY_NODE: "same NUMA node",
+        nvml.NVML_TOPOLOGY_SYSTEM: "between NUMA nodes",
+    }
+    facts: dict[str, Any] = {
+        "ancestor": ancestors.get(ask(nvml, nvml.nvmlDeviceGetTopologyCommonAncestor, first, second))
+    }
+    for name, capability in (("p2p_read", P2P_READ), ("p2p_nvlink", P2P_NVLINK)):
+        status = ask(nvml, nvml.nvmlDeviceGetP2PStatus, first, second, capability)
+        facts[name] = None if status is None else status == nvml.NVML_P2P_STATUS_OK
+    return facts
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(
+            ("git", "--no-optional-locks", "-C", str(folder), *arguments),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=5.0,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _usable_cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
+
+
+def _gib(num_bytes: int | None) -> float | None:
+    return None if num_bytes is None else round(num_bytes / GIB, 2)

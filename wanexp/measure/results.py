@@ -1,0 +1,102 @@
+"""From the reports of the ranks to the metrics of the run. Pure."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from wanexp.config import RunConfig
+from wanexp.measure.statistics import summarise_samples
+from wanexp.planning.plan import Plan
+from wanexp.workloads.sizes import num_tokens
+
+Report = Mapping[str, Any]
+GIB = 1024**3
+TRAIN_FLOPS_FACTOR = 3  # forward and twice as much backward; recomputation is no useful work
+
+
+def step_seconds(per_rank: Mapping[int, list[float]]) -> list[float]:
+    """Seconds of each step that all ranks finished: its slowest rank's."""
+    return [max(times) for times in zip(*per_rank.values(), strict=False)]
+
+
+def latency_metrics(config: RunConfig, plan: Plan, steps: list[float]) -> dict[str, float]:
+    """What follows from the step times alone, so that it survives a run that failed halfway.
+
+    A video is `model.sampling_steps` steps of its transformer; text encoder and VAE are not in it.
+    """
+    if not steps:
+        return {}
+    summary = summarise_samples(steps)
+    step_s, batch = summary.median, plan.batch_size
+    metrics = {
+        "latency/step_ms": step_s * 1000,
+        "latency/step_ms_iqr": summary.iqr * 1000,
+        "latency/step_ms_min": summary.minimum * 1000,
+        "latency/step_ms_max": summary.maximum * 1000,
+        "latency/num_samples": float(summary.n),
+        "throughput/samples_per_second": batch / step_s,
+    }
+    if config.workload.name == "denoise":
+        video_s = step_s * config.model.sampling_steps / batch
+        metrics |= {
+            "throughput/videos_per_hour": 3600 / video_s,
+            "throughput/frames_per_second": config.video.num_frames / video_s,
+        }
+    return metrics
+
+
+def run_metrics(
+    config: RunConfig, plan: Plan, reports: Mapping[int, Report], *, peak_tflops: float | None
+) -> dict[str, float]:
+    """All metrics of a launch whose ranks came to their end. peak_tflops: dense peak of one device, if known."""
+    steps = step_seconds({rank: report["step_s"] for rank, report in reports.items()})
+    metrics = latency_metrics(config, plan, steps)
+    step_s = metrics["latency/step_ms"] / 1000
+    first = reports[min(reports)]
+    tokens = num_tokens(config.model, config.video)
+    forwards = first["forwards_per_step"]
+    metrics["latency/forward_ms"] = 1000 * max(
+        summarise_samples(report["forward_s"]).median for report in reports.values()
+    )
+    metrics["throughput/tokens_per_second"] = plan.batch_size * tokens * forwards / step_s
+    metrics["latency/warmup_s"] = max(report["warmup_s"] for report in reports.values())
+    metrics |= _memory_metrics(reports)
+    metrics |= _load_metrics(reports)
+    metrics["communication/seam_gib_per_forward"] = sum(r["seam_bytes_per_forward"] for r in reports.values()) / GIB
+    for name in ("scatter_s", "gather_s"):
+        if name in first:
+            metrics[f"communication/{name.removesuffix('_s')}_ms"] = first[name] * 1000
+    if first["losses"]:
+        shares = [rank.num_samples for rank in plan.ranks]
+        last = [reports[rank]["losses"][-1] for rank in sorted(reports)]
+        metrics["train/loss"] = sum(n * loss for n, loss in zip(shares, last, strict=True)) / sum(shares)
+    if peak_tflops:
+        factor = TRAIN_FLOPS_FACTOR if config.workload.name == "train" else 1
+        flops = config.model.architecture.forward_flops(tokens) * forwards * plan.batch_size * factor
+        metrics["mfu"] = flops / (step_s * len(plan.devices) * peak_tflops * 1e12)
+    return metrics
+
+
+def _memory_metrics(reports: Mapping[int, Report]) -> dict[str, float]:
+    metrics = {}
+    peaks = []
+    for rank, report in reports.items():
+        for label, device_peaks in report["memory"].items():
+            metrics |= {f"memory/{label}/{name}": value for name, value in device_peaks.items()}
+            peaks.append(device_peaks["peak_allocated_gib"])
+        for label, weight_gib in zip(report["memory"], report["weight_gib"], strict=True):
+            metrics[f"memory/{label}/weights_gib"] = weight_gib
+        metrics[f"memory/rank{rank}/peak_rss_gib"] = report["peak_rss_gib"]
+    metrics["memory/peak_allocated_gib"] = max(peaks)
+    return metrics
+
+
+def _load_metrics(reports: Mapping[int, Report]) -> dict[str, float]:
+    loads = [report["load"] for report in reports.values()]
+    seconds = max(load["seconds"] for load in loads)
+    num_bytes = sum(load["num_bytes"] for load in loads)
+    return {
+        "load/seconds": seconds,
+        "load/gib": num_bytes / GIB,
+        "load/gib_per_second": num_bytes / GIB / seconds,
+        "load/anonymous_growth_gib": max(load["anonymous_growth_bytes"] for load in loads) / GIB,
+    }

@@ -1,0 +1,61 @@
+"""Timing: steps by the wall clock between synchronised barriers, forwards by CUDA events (wall clock on CPU)."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+class Stopwatch:
+    """Times steps and, inside them, forwards, on the devices of one rank.
+
+    A step begins when all ranks and devices are idle and ends when the devices of this rank are; the step of the whole
+    run is the longest over the ranks. Forwards are timed without waiting: their events are read after the step.
+    """
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self.devices = [device for device in devices if device.type == "cuda"]
+        self.step_s: list[float] = []
+        self.forward_s: list[float] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def restart(self) -> None:
+        self.step_s, self.forward_s, self._events = [], [], []
+
+    def synchronize(self) -> None:
+        """Wait for the devices of this rank, then for the other ranks."""
+        self._wait_for_devices()
+        if dist.is_initialized():
+            dist.barrier()
+            self._wait_for_devices()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        self.synchronize()
+        begin = time.perf_counter()
+        yield
+        self._wait_for_devices()
+        self.step_s.append(time.perf_counter() - begin)
+        self.forward_s += [first.elapsed_time(second) / 1000 for first, second in self._events]
+        self._events = []
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        if not self.devices:
+            begin = time.perf_counter()
+            yield
+            self.forward_s.append(time.perf_counter() - begin)
+            return
+        # Both events on the first device: a prediction always comes back to it.
+        with torch.cuda.device(self.devices[0]):
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            yield
+            events[1].record()
+        self._events.append(events)
+
+    def _wait_for_devices(self) -> None:
+        for device in self.devices:
+            torch.cuda.synchronize(device)

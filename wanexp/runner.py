@@ -1,0 +1,253 @@
+"""One run, from its config to its record: plan, launch, compare, write the record, track.
+
+This is the parent process. It never creates a CUDA context, so nothing that happens to a worker can hurt it.
+"""
+
+import dataclasses
+import os
+import secrets
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wanexp.config import RunConfig, conf_dir, to_dict
+from wanexp.console import Console, ProgressReporter
+from wanexp.errors import LayoutError, UserError
+from wanexp.events import Event
+from wanexp.hardware.devices import Device, find_devices, select_devices
+from wanexp.hardware.profiles import profile_for
+from wanexp.hardware.telemetry import TelemetrySampler
+from wanexp.job import Job
+from wanexp.measure.environment import host_environment
+from wanexp.measure.results import latency_metrics, run_metrics, step_seconds
+from wanexp.measure.statistics import noise_warning, summarise_samples
+from wanexp.planning.plan import Plan, make_plan, reference_plan
+from wanexp.record import Record
+from wanexp.tracking.mlflow_store import track
+
+if TYPE_CHECKING:
+    from wanexp.launch import Launched
+    from wanexp.sweep import SweepCell
+
+
+def run(
+    config: RunConfig, *, folder: Path, overrides: Sequence[str] = (), sweep: "SweepCell | None" = None
+) -> Record:
+    """Execute one run and leave its record in `folder`.
+
+    What happens to the run is the record's outcome. Bad input raises UserError once its record is written; in a sweep
+    it is the cell's outcome instead: `skipped` for a layout that makes no sense, else `failed`.
+    """
+    record = Record(
+        run_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}",
+        name=f"{config.parallelism.mode} {config.model.name}",
+        started=_now(),
+        requested=to_dict(config),
+        command=["python", "-m", "wanexp", *sys.argv[1:]],
+        overrides=list(overrides),
+        sweep_id=sweep.sweep_id if sweep else None,
+    )
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    try:
+        prepared = prepare(config)
+        console.start_card(config, prepared.plan, weights=config.checkpoint or "random", notes=prepared.notes)
+        execute(config, prepared, record, folder, console)
+    except UserError as error:
+        record.outcome = "skipped" if sweep and isinstance(error, LayoutError) else "failed"
+        record.message = str(error)
+        if not sweep:
+            record.ended = _now()
+            record.write(folder)
+            raise
+    except KeyboardInterrupt:
+        record.outcome, record.message = "interrupted", "interrupted by SIGINT"
+    record.ended = _now()
+    path = record.write(folder)
+    console.end_table(record, path)
+    if config.tracking.enabled:
+        console.tracking_lines(track(record, folder, config.tracking).lines)
+    return record
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What is known before anything is launched."""
+
+    plan: Plan
+    found: tuple[Device, ...]
+    peak_tflops: float | None  # dense peak of one device in the run's precision
+    notes: list[str]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Devices, plan and checks that need no worker. Raises UserError."""
+    found = find_devices(config.hardware)
+    devices = select_devices(found, config.gpus, config.parallelism.mode)
+    plan = make_plan(config, devices)
+    profile = profile_for(config.hardware, devices[0], conf_dir())
+    notes = []
+    if config.hardware.device and profile and profile.name != config.hardware.device.name:
+        notes.append(
+            f"hardware={config.hardware.name} describes {config.hardware.device.name}; "
+            f"this machine has {devices[0].name}, and that is what is measured"
+        )
+    if config.checkpoint is not None:
+        from wanexp.wan.weights import open_weights  # imports torch, so late
+
+        open_weights(config.checkpoint, config.model.architecture, num_experts=config.model.num_experts)
+    half = config.precision.dtype in ("bfloat16", "float16")
+    return Prepared(plan, found, profile.bf16_tflops if profile and half else None, notes)
+
+
+def execute(config: RunConfig, prepared: Prepared, record: Record, folder: Path, console: Console) -> None:
+    """Launch the run and its reference; fill `record` with what came of them."""
+    plan = prepared.plan
+    record.plan = plan_summary(plan)
+    record.effective = effective_settings(config, plan)
+    record.environment = host_environment(plan.devices)
+    job = Job(
+        config=config,
+        plan=plan,
+        folder=folder / "ranks",
+        run_folder=folder,
+        num_threads=max(1, _usable_cores() // plan.layout.num_ranks),
+    )
+    with TelemetrySampler(plan.devices) as telemetry, console.progress() as progress:
+        begin = time.time()
+        launched = _launch(job, progress)
+        record.telemetry = telemetry.series(begin)
+        take_results(record, config, prepared, launched)
+        if window := _window(launched.reports):
+            metrics, warnings = telemetry.summarise(*window)
+            record.metrics |= metrics
+            record.warnings += warnings
+            if "energy/joules" in metrics:
+                record.metrics["energy/joules_per_step"] = metrics["energy/joules"] / config.workload.num_steps
+        if launched.outcome == "finished" and "parity_blocks" in launched.reports[0]:
+            compare_with_reference(record, job, launched.reports[0]["parity_blocks"], progress)
+    record.artifacts = sorted(str(path.relative_to(folder)) for path in folder.glob("profile/*"))
+
+
+def _launch(job: Job, progress: ProgressReporter) -> "Launched":
+    """One launch with its progress shown: that of the rank that is behind."""
+    from wanexp.launch import launch  # imports torch, so late
+
+    progress.update("start workers", 0, None)
+    state: dict[str, dict[int, float]] = {}
+
+    def on_event(event: Event) -> None:
+        if event["kind"] == "progress":
+            done = state.setdefault(event["phase"], {})
+            done[event["rank"]] = event["done"]
+            progress.update(event["phase"], min(done.values()), event["total"], event.get("memory_gib"))
+
+    return launch(job, on_event=on_event)
+
+
+def take_results(record: Record, config: RunConfig, prepared: Prepared, launched: "Launched") -> None:
+    """Outcome, metrics and samples of the launch; of one that failed halfway, what was measured until then."""
+    plan, reports = prepared.plan, launched.reports
+    record.outcome, record.message, record.error = launched.outcome, launched.message, launched.error
+    steps = step_seconds(launched.steps) if len(launched.steps) == plan.layout.num_ranks else []
+    record.metrics = {
+        "setup/num_gpus": float(len(plan.devices)),
+        "setup/batch_size": float(plan.batch_size),
+        **latency_metrics(config, plan, steps),
+    }
+    record.samples = {
+        "step_ms": [seconds * 1000 for seconds in steps],
+        "rank_step_ms": {str(rank): [s * 1000 for s in times] for rank, times in launched.steps.items()},
+    }
+    if len(reports) == plan.layout.num_ranks:
+        record.metrics |= run_metrics(config, plan, reports, peak_tflops=prepared.peak_tflops)
+        first = reports[0]
+        record.samples["forward_ms"] = [seconds * 1000 for seconds in first["forward_s"]]
+        record.samples["losses"] = first["losses"]
+        record.effective |= first["effective"]
+        record.environment |= first["environment"]
+    if steps and (warning := noise_warning(summarise_samples(steps), "the step time")):
+        record.warnings.append(warning)
+
+
+def compare_with_reference(record: Record, job: Job, num_blocks: int, progress: ProgressReporter) -> None:
+    """Launch mode none on the first device, and put its distance to the run's answer into the record."""
+    config, plan = job.config, job.plan
+    total = config.model.architecture.num_layers
+    reference = dataclasses.replace(
+        job,
+        plan=reference_plan(plan, num_blocks),
+        folder=job.run_folder / "reference",
+        reference_of=tuple(rank.num_samples for rank in plan.ranks),
+        num_blocks=None if num_blocks == total else num_blocks,
+    )
+    launched = _launch(reference, progress)
+    if launched.outcome == "interrupted":
+        record.outcome, record.message = launched.outcome, launched.message
+        return
+    if launched.outcome != "finished":
+        record.warnings.append(f"the answer was not compared with mode none: {launched.message}")
+        if config.verify == "always":
+            record.outcome, record.message, record.error = launched.outcome, launched.message, launched.error
+        return
+    parity = launched.reports[0]
+    record.metrics["parity/rel_l2"] = parity["rel_l2"]
+    record.metrics["parity/bit_equal"] = float(parity["bit_equal"])
+    record.metrics["parity/num_blocks"] = float(num_blocks)
+    what = "gradients" if config.workload.name == "train" else "flow"
+    record.effective["verified"] = f"{what}, {'all' if num_blocks == total else f'the first {num_blocks} of'} {total} blocks"
+    if not parity["rel_l2"] <= config.precision.tolerance:
+        record.outcome = "inexact"
+        record.message = (
+            f"the {what} differs from mode none by {parity['rel_l2']:.2g} relative L2; "
+            f"{config.precision.name} allows {config.precision.tolerance:g}"
+        )
+    elif plan.must_be_bit_equal(config.workload.name) and not parity["bit_equal"]:
+        record.warnings.append("the answer is within tolerance of mode none but not bit-equal, as it should be here")
+    (job.run_folder / "parity.safetensors").unlink(missing_ok=True)
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """The plan as it goes into the record."""
+    return {
+        "layout": plan.layout.degrees(),
+        "block_owner": list(plan.block_owner),
+        "ranks": [dataclasses.asdict(rank) for rank in plan.ranks],
+        "weight_gib": [number / 1024**3 for number in plan.weight_bytes],
+    }
+
+
+def effective_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """What really runs, as far as the plan settles it; the workers add the kernel and the weights."""
+    return {
+        "mode": plan.mode,
+        "layout": plan.layout.degrees(),
+        "attention": None,
+        "precision": config.precision.name,
+        "residual": "float32" if config.precision.residual_fp32 else config.precision.dtype,
+        "device_type": plan.device_type,
+        "devices": [{"label": device.label, **dataclasses.asdict(device)} for device in plan.devices],
+        "num_gpus": len(plan.devices),
+        "batch_size": plan.batch_size,
+        "weights": "random" if config.checkpoint is None else config.checkpoint,
+    }
+
+
+def _window(reports: Mapping[int, Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Wall-clock begin and end of the timed part over all ranks."""
+    windows = [report["window"] for report in reports.values()]
+    return (min(w[0] for w in windows), max(w[1] for w in windows)) if windows else None
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+

@@ -1,0 +1,114 @@
+"""The denoise workload: flow-matching Euler steps, with or without classifier-free guidance (CFG), on one share of a batch.
+
+    sigma' = shift * sigma / (1 + (shift - 1) * sigma),  t = 1000 * sigma',  x += (sigma'_next - sigma'_now) * v
+    v = uncond + guidance * (cond - uncond)
+
+Formulas of the Wan 2.1 sampler (flow matching, Euler); of two experts the first serves t >= boundary * 1000.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from wanexp.config import RunConfig
+from wanexp.measure.parity import NUM_PARITY_FORWARDS
+from wanexp.workloads.samples import Samples, timesteps_of
+
+
+
+def sigma_schedule(num_steps: int, shift: float) -> list[float]:
+    """`num_steps` + 1 noise levels from 1 to 0."""
+    sigmas = [1 - index / num_steps for index in range(num_steps + 1)]
+    return [shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas]
+
+
+def guidance_of(config: RunConfig) -> list[float]:
+    """The guidance scale of each expert: the workload's, else the model's."""
+    return config.workload.guidance_scale or config.model.guidance_scale
+
+
+def expert_for(config: RunConfig, timestep: float) -> int:
+    """The index of the expert that serves `timestep` (0 to 1000)."""
+    boundary = config.model.expert_boundary
+    return int(config.model.num_experts > 1 and boundary is not None and timestep < boundary * 1000)
+
+
+class Denoise:
+    """One share of a batch, from noise to the last step.
+
+    experts: transformers on this rank's devices, called as `WanTransformer.forward`. samples: on the first device.
+    time_forward wraps each forward (a context manager factory), so that the worker can time them.
+    """
+
+    forwards_per_step: int
+
+    def __init__(
+        self, config: RunConfig, experts: Sequence[nn.Module], samples: Samples, time_forward: Callable[[], object]
+    ) -> None:
+        self.config = config
+        self.experts = experts
+        self.samples = samples
+        self.time_forward = time_forward
+        self.sigmas = sigma_schedule(config.workload.num_steps, config.model.shift)
+        self.guidance = guidance_of(config)
+        self.forwards_per_step = 2 if max(self.guidance) > 1 else 1
+        self.context = [embed_text(expert, samples.text, samples) for expert in experts]
+        self.negative_context = (
+            [embed_text(expert, samples.negative_text, samples) for expert in experts]
+            if self.forwards_per_step == 2
+            else []
+        )
+        self.latent = samples.noise
+        self.restart()
+
+    def restart(self) -> None:
+        """Back to pure noise."""
+        self.latent = self.samples.noise.clone()
+
+    @torch.inference_mode()
+    def step(self, index: int) -> None:
+        """One denoising step, `index` in 0..num_steps-1."""
+        sigma, sigma_next = self.sigmas[index], self.sigmas[index + 1]
+        timestep = 1000 * sigma
+        expert = expert_for(self.config, timestep)
+        flow = self.predict(expert, timestep, self.context[expert])
+        if self.guidance[expert] > 1:
+            uncond = self.predict(expert, timestep, self.negative_context[expert])
+            flow = uncond + self.guidance[expert] * (flow - uncond)
+        self.latent += (sigma_next - sigma) * flow
+
+    def predict(self, expert: int, timestep: float, context: Tensor) -> Tensor:
+        """One forward: the predicted flow, fp32, the shape of the latent."""
+        with self.time_forward():  # type: ignore[attr-defined]
+            return self.experts[expert](
+                self.latent,
+                timesteps_of(self.config.model, self.latent, timestep),
+                image_latent=self.samples.image_latent,
+                context=context,
+            )
+
+    @torch.inference_mode()
+    def parity_flows(self) -> Tensor:
+        """Flows of the noise at a few timesteps of the schedule: fp32 [B, timesteps, C, F, H, W].
+
+        Under CFG the last one uses the negative text, so that both contexts are covered.
+        """
+        self.restart()
+        num_steps = self.config.workload.num_steps
+        last = NUM_PARITY_FORWARDS - 1
+        indices = sorted({round(k * (num_steps - 1) / last) for k in range(NUM_PARITY_FORWARDS)})
+        flows = []
+        for index in indices:
+            timestep = 1000 * self.sigmas[index]
+            expert = expert_for(self.config, timestep)
+            negative = self.forwards_per_step == 2 and index == indices[-1]
+            context = (self.negative_context if negative else self.context)[expert]
+            flows.append(self.predict(expert, timestep, context))
+        return torch.stack(flows, dim=1)
+
+
+@torch.inference_mode()
+def embed_text(expert: nn.Module, text: Tensor, samples: Samples) -> Tensor:
+    """The context of one prompt batch, computed once a video (see `WanTransformer.embed_text`)."""
+    return expert.embed_text(text, samples.clip_features)  # type: ignore[operator]
