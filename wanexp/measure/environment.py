@@ -54,13 +54,16 @@ def host_environment(devices: Sequence[Device], *, nvml: Any = None) -> dict[str
 
 
 def torch_environment() -> dict[str, Any]:
-    """What torch says of itself and its libraries. To be called in a worker: some of it needs CUDA."""
+    """`torch`: what it says of itself and its libraries. To be called in a worker: some of it needs CUDA.
+
+    Its key is none of `host_environment`'s, so that the two can be merged.
+    """
     import torch
 
     nccl = None
     if torch.cuda.is_available() and torch.distributed.is_nccl_available():
         nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
-    return {
+    facts = {
         "version": torch.__version__,
         "git": torch.version.git_version,
         "cuda": torch.version.cuda,
@@ -69,6 +72,7 @@ def torch_environment() -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "num_threads": torch.get_num_threads(),
     }
+    return {"torch": facts}
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

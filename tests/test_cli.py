@@ -1,0 +1,319 @@
+"""The command line: help, composing, the line of each user error, exit codes. The runner is replaced here."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from wanexp import __main__ as program
+from wanexp.config import to_dict
+from wanexp.errors import LayoutError
+from wanexp.record import Record
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class FakeRunner(ModuleType):
+    """In the place of wanexp.runner: notes what it is called with, and ends as told."""
+
+    def __init__(self) -> None:
+        super().__init__("wanexp.runner")
+        self.calls: list[dict] = []
+        self.ending: str | BaseException = "finished"
+
+    def run(self, config, *, folder, overrides, sweep=None):
+        self.calls.append({"config": config, "folder": folder, "overrides": overrides, "sweep": sweep})
+        if isinstance(self.ending, BaseException):
+            raise self.ending
+        return Record("id", "name", "now", to_dict(config), outcome=self.ending)
+
+
+@pytest.fixture
+def runner(monkeypatch, tmp_path):
+    fake = FakeRunner()
+    monkeypatch.setitem(sys.modules, "wanexp.runner", fake)
+    monkeypatch.chdir(tmp_path)
+    for name in ("HYDRA_FULL_ERROR", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return fake
+
+
+@pytest.fixture
+def cli(runner, monkeypatch, capsys):
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["wanexp", *arguments])
+        try:
+            code = program.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_a_run_gets_its_config_folder_and_overrides(cli, runner, tmp_path):
+    code, out, err = cli("parallelism=block_distribution", "gpus=[0,1,2,3]")
+    assert (code, out, err) == (0, "", "")
+    (call,) = runner.calls
+    assert call["config"].parallelism.mode == "block_distribution"
+    assert call["config"].gpus == [0, 1, 2, 3]
+    assert call["overrides"] == ["parallelism=block_distribution", "gpus=[0,1,2,3]"]
+    assert call["sweep"] is None
+    folder = call["folder"]
+    assert folder.parent == tmp_path / "multirun" / "runs"
+    assert folder.name.endswith("_block_distribution")
+    assert sorted(path.name for path in folder.iterdir()) == [".hydra"]
+    assert sorted(path.name for path in (folder / ".hydra").iterdir()) == [
+        "config.yaml",
+        "hydra.yaml",
+        "overrides.yaml",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [("finished", 0), ("skipped", 0), ("interrupted", 130), ("oom", 1), ("inexact", 1), ("failed", 1)],
+)
+def test_exit_codes_follow_the_outcome(cli, runner, outcome, code):
+    runner.ending = outcome
+    assert cli()[0] == code
+
+
+def test_a_user_error_of_the_run_is_one_line(cli, runner):
+    runner.ending = LayoutError("mode none uses one device")
+    assert cli("gpus=[0,1]") == (2, "", "error: mode none uses one device\n")
+
+
+def test_ctrl_c_outside_of_a_run(cli, runner):
+    runner.ending = KeyboardInterrupt()
+    assert cli() == (130, "", "interrupted\n")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(cli, runner):
+    runner.ending = ValueError("ours")
+    with pytest.raises(ValueError, match="ours"):
+        cli()
+
+
+GROUP_MODES = "write one of: block_distribution, data_parallel, distributed, none"
+ERRORS = [
+    (
+        ["parallelism=block_distrib"],
+        "parallelism 'block_distrib' does not exist (did you mean block_distribution?)",
+    ),
+    (["parallelism=block_distrib"], GROUP_MODES),
+    (
+        ["model=wan2.1_t2v_1.3B"],
+        "model 'wan2.1_t2v_1.3B' does not exist (did you mean wan2.1_t2v_1.3b?); write one of",
+    ),
+    (["hardware=h100"], "hardware 'h100' does not exist"),
+    (
+        ["hardware/device=h1000", "hardware=2x_h100"],
+        "hardware/device 'h1000' does not exist (did you mean h100?)",
+    ),
+    (
+        ["workload.num_step=3"],
+        "workload.num_step does not exist (did you mean num_steps?); keys of workload: name, num_",
+    ),
+    (["gpu=[0]"], "gpu does not exist (did you mean gpus?); keys: model, hardware, parallelism"),
+    (["+gpu=[0]"], "gpu does not exist (did you mean gpus?)"),
+    (["modl=tiny"], "modl does not exist (did you mean model?)"),
+    (["seed.x=3"], "seed.x does not exist; seed is a single value"),
+    (["workload.num_steps=abc"], "workload.num_steps is 'abc'; write a whole number"),
+    (["workload.num_steps=2.5"], "workload.num_steps is '2.5'; write a whole number"),
+    (["limits.run_s=soon"], "limits.run_s is 'soon'; write a number"),
+    (["profile=maybe"], "profile is 'maybe'; write true or false"),
+    (["gpus=0"], "gpus is '0'; write a list such as [0,1] or null"),
+    (["workload.guidance_scale=4"], "workload.guidance_scale is '4'; write a list such as [5.0] or null"),
+    (["checkpoint=[1]"], "checkpoint is '[1]'; write a word or null"),
+    (
+        ["+experiment=quick_block"],
+        "experiment 'quick_block' does not exist (did you mean quick_blocks?); write one of",
+    ),
+    (["+sweep=mode"], "sweep 'mode' does not exist (did you mean modes?); write one of: gpu_count, modes"),
+    (
+        ["experiment=quick_blocks"],
+        "experiment is not in the defaults; choose it with a plus: +experiment=quick_blocks",
+    ),
+    (["+model=tiny"], "model is chosen already; write model=NAME without the plus"),
+    (["+seed=3"], "seed exists already; write seed=VALUE without the plus"),
+    (["model=tiny,wan2.1_t2v_14b"], "names several values; add -m to sweep over them"),
+    (["gpus=[0"], "gpus=[0 cannot be read"),
+    (["verify"], "'verify' is not of the form key=value; write verify=VALUE"),
+    (["model=null"], "a config group is set to something else than a name"),
+    (["hardware.device.memory_gib=24"], "hardware.device is null here; write +hardware/device=NAME first"),
+    (["--config-dir=nowhere"], "nowhere' not found"),
+    (["--config-name=other"], "Cannot find primary config 'other'"),
+    (["seed=-1"], "seed is -1; write 0 or more"),
+    (["checkpoint=${oc.env:NOT_SET_ANYWHERE}"], "Environment variable 'NOT_SET_ANYWHERE' not found"),
+    (["-m", "model=tny,tiny"], "model 'tny' does not exist (did you mean tiny?)"),
+    (["-m", "sed=1,2"], "sed does not exist (did you mean seed?)"),
+    (["-m", "seed=-1,-2"], "seed is -1; write 0 or more (other cells: other errors)"),
+    (["-m", "video.num_frames=10", "seed=1,2"], "video.num_frames is 10"),
+    (["-m", "seed=1,2", "sweep_name=runs"], "sweep_name is 'runs', the folder of single runs"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "part"), ERRORS)
+def test_a_user_error_is_one_line_on_stderr_and_code_2(cli, runner, arguments, part, tmp_path):
+    code, out, err = cli(*arguments)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert part in err
+    assert not runner.calls
+    assert not [path for path in (tmp_path / "multirun").rglob("*") if path.is_file()], (
+        "leaves no file behind"
+    )
+
+
+def test_a_user_who_wants_the_traceback_gets_it(cli, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(Exception, match="block_distrib"):
+        cli("parallelism=block_distrib")
+    assert os.environ["HYDRA_FULL_ERROR"] == "1"
+
+
+def test_the_environment_is_left_as_it_was(cli):
+    cli("nonsense=1")
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+@pytest.fixture
+def user_folder(tmp_path):
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    return tmp_path / "mine"
+
+
+MY_MODEL = (
+    "defaults: [tiny, override /video@_global_.video: 480p]\nname: mine\narchitecture: {num_layers: 2}\n"
+)
+
+
+def test_a_folder_of_the_users_own_joins(cli, runner, user_folder):
+    (user_folder / "model" / "mine.yaml").write_text(MY_MODEL)
+    assert cli("--config-dir", str(user_folder), "model=mine")[0] == 0
+    config = runner.calls[0]["config"]
+    assert (config.model.name, config.model.architecture.num_layers) == ("mine", 2)
+    assert (config.model.architecture.text_dim, config.video.name) == (128, "480p")
+    assert cli(f"hydra.searchpath=[file://{user_folder}]", "model=mine", "video=tiny")[0] == 0
+    assert runner.calls[1]["config"].video.name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (
+            "name: mine\ndimm: 3\n",
+            "in model/mine: model.dimm does not exist; keys of model: name, architecture",
+        ),
+        ("name: mine\nshift: high\n", "in model/mine: model.shift: Value 'high'"),
+        ("name: [mine\n", "mine.yaml, line 2 is not valid YAML"),
+        ("defaults: [override /video@_global_.video: 4k]\n", "video '4k' does not exist"),
+        ("defaults: [base]\n", "In 'model/mine': Could not load 'model/base'"),
+    ],
+)
+def test_an_error_in_a_users_file_is_one_line(cli, user_folder, text, part):
+    (user_folder / "model" / "mine.yaml").write_text(text)
+    code, _, err = cli("--config-dir", str(user_folder), "model=mine")
+    assert code == 2 and err.count("\n") == 1
+    assert part in err
+
+
+def test_help_has_examples_and_the_groups(cli):
+    code, out, err = cli("--help")
+    assert (code, err) == (0, "")
+    for text in (
+        "python -m wanexp parallelism=block_distribution 'gpus=[0,1,2,3]'",
+        "+sweep=modes",
+        "parallelism: block_distribution, data_parallel, distributed, none",
+        "model: tiny, wan2.1_flf2v_14b",
+        "experiment: mlperf_t2v_a14b",
+        "Exit code",
+    ):
+        assert text in out
+    assert "powered by hydra" not in out.lower()
+
+
+def test_help_examples_compose(cli, runner):
+    """Every example of the help text does what it says."""
+    _, out, _ = cli("--help")
+    lines = [line.strip() for line in out.splitlines() if line.strip().startswith("python -m wanexp")]
+    assert len(lines) >= 8
+    for line in lines:
+        words = shlex.split(line.split("   ")[0])[3:]
+        if {"-m", "+sweep=modes", "--config-dir"} & set(words):
+            continue  # sweeps: test_sweep.py; user folders: above
+        assert cli(*words)[0] == 0, line
+
+
+def test_cfg_prints_the_composed_config(cli, runner):
+    code, out, err = cli("--cfg", "job", "model=wan2.1_t2v_14b")
+    assert (code, err, runner.calls) == (0, "", [])
+    assert "name: wan2.1_t2v_14b" in out and "width: 832" in out
+
+
+def test_other_ranks_of_an_outer_torchrun_leave_no_folder(cli, runner, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        assert cli("gpus=[0,1]")[0] == 0
+    owner, other = (call["folder"] for call in runner.calls)
+    assert owner.parent == tmp_path / "multirun" / "runs"
+    assert tmp_path not in other.parents and not other.exists()
+    assert len(list((tmp_path / "multirun" / "runs").iterdir())) == 1
+    assert runner.calls[1]["overrides"] == ["gpus=[0,1]"]
+
+
+@pytest.mark.parametrize("arguments", [["-m", "seed=1,2"], ["+sweep=modes"]])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_sweep_under_torchrun_is_refused(cli, runner, monkeypatch, arguments, rank, tmp_path):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    code, _, err = cli(*arguments)
+    assert code == 2 and "without torchrun" in err and err.count("\n") == 1
+    assert not runner.calls and not (tmp_path / "multirun").exists()
+
+
+LIGHT = """
+import json, sys
+import wanexp.__main__, wanexp.config, wanexp.sweep, wanexp.compose_errors, wanexp.record
+sys.argv = ["wanexp", "--cfg", "job"]
+wanexp.__main__.main()
+print("LOADED", json.dumps(sorted(sys.modules)))
+"""
+
+
+def test_composing_imports_nothing_slow():
+    result = subprocess.run(
+        [sys.executable, "-c", LIGHT], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(json.loads(result.stdout.split("LOADED ")[1]))
+    assert not loaded & {
+        "torch",
+        "mlflow",
+        "rich",
+        "numpy",
+        "pandas",
+        "psutil",
+        "matplotlib",
+        "wanexp.runner",
+    }
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-m", "wanexp", "gpu=[0]"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: gpu does not exist") and result.stderr.count("\n") == 1

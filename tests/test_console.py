@@ -1,0 +1,310 @@
+"""What a person sees, read as text at 80 and 120 columns."""
+
+import io
+from typing import Any
+
+import pytest
+import rich.console
+
+from tests.hardware.fake_nvml import GIB, gpu_device
+from wanexp import progress as progress_module
+from wanexp.config import (
+    HardwareConfig,
+    ModelConfig,
+    ParallelismConfig,
+    PrecisionConfig,
+    RunConfig,
+    VideoConfig,
+    WorkloadConfig,
+)
+from wanexp.console import Console, block_ranges
+from wanexp.hardware.devices import Device
+from wanexp.planning.plan import make_plan
+from wanexp.progress import show_progress
+from wanexp.record import Record
+
+GPUS = tuple(gpu_device(index, peers=tuple({0, 1, 2, 3} - {index})) for index in range(4))
+CPUS = tuple(Device("cpu", index, "logical CPU device of Xeon", 64 * GIB, 60 * GIB) for index in range(8))
+WIDTHS = pytest.mark.parametrize("width", [80, 120])
+
+
+def config(mode: str = "none", **parallelism: Any) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(name="tiny"),
+        hardware=HardwareConfig(name="auto"),
+        parallelism=ParallelismConfig(mode=mode, **parallelism),
+        workload=WorkloadConfig(name="denoise"),
+        video=VideoConfig(name="480p", width=832, height=480, num_frames=81),
+        precision=PrecisionConfig(name="bf16", dtype="bfloat16", tolerance=0.01),
+    )
+
+
+def record(**fields: Any) -> Record:
+    return Record(**{"run_id": "id", "name": "run", "started": "2026-11-22", "requested": {}, **fields})
+
+
+class Screen:
+    """A console whose text can be read back; `text` checks what holds for all of them."""
+
+    def __init__(self, width: int = 80) -> None:
+        self._file, self._width = io.StringIO(), width
+        self.console = Console(file=self._file, width=width)
+
+    def text(self, *, longer: tuple[str, ...] = ()) -> str:
+        text = self._file.getvalue()
+        assert "\x1b" not in text
+        assert "\r" not in text
+        for line in text.splitlines():
+            assert len(line) <= self._width or line.startswith(longer), line
+        return text
+
+    def rows(self) -> list[list[str]]:
+        return [line.strip("\u2502 ").split() for line in self.text().splitlines()]
+
+
+def card(config: RunConfig, devices: tuple[Device, ...], width: int = 80, **kwargs: Any) -> Screen:
+    screen = Screen(width)
+    screen.console.start_card(config, make_plan(config, devices), **{"weights": "random", **kwargs})
+    return screen
+
+
+@WIDTHS
+def test_card_on_cpu_says_so(width):
+    text = card(config(), CPUS[:1], width).text()
+    assert "no GPU found: these are logical CPU devices" in text
+    assert "29.7 M parameters" in text
+    assert "random (seed 0)" in text
+    assert "832 x 480, 81 frames (5.1 s at 16 fps), 32,760 tokens" in text
+    assert "4 timed steps after 1 warm-up step" in text
+    assert "CFG 5 (2 forwards a step)" in text
+
+
+def test_card_on_cpu_as_asked():
+    asked = config()
+    asked.hardware.device_type = "cpu"
+    text = card(asked, CPUS[:1]).text()
+    assert "hardware=cpu: these are logical CPU devices" in text
+    assert "no GPU found" not in text
+
+
+@WIDTHS
+def test_card_shows_which_device_holds_what(width):
+    screen = card(config("block_distribution", blocks=4), GPUS, width, notes=["verify compares 4 blocks"])
+    assert "4 x NVIDIA H200; P2P between all" in screen.text()
+    assert "block_distribution: blocks=4, 1 process" in screen.text()
+    assert "Note          verify compares 4 blocks" in screen.text()
+    blocks = [row[2] for row in screen.rows() if row and row[0].startswith("gpu")]
+    assert blocks == ["0-1", "2-3", "4-5", "6-7"]
+
+
+def test_card_of_replicas():
+    replicas = config("data_parallel", dp=2)
+    replicas.workload.batch_size = 3
+    replicas.workload.guidance_scale = [1.0]
+    apart = (gpu_device(0), gpu_device(2, name="NVIDIA H100"))
+    screen = card(replicas, apart, weights="models/wan.safetensors")
+    text = screen.text()
+    assert "3 samples, no CFG (1 forward a step)" in text
+    assert "1 x NVIDIA H200, 1 x NVIDIA H100; no P2P between some of them" in text
+    assert "models/wan.safetensors" in text
+    rows = [row[:4] for row in screen.rows() if row and row[0].startswith("gpu")]
+    assert rows == [["gpu0", "0", "0-7", "0-1"], ["gpu2", "1", "0-7", "2"]]
+
+
+def test_card_of_training():
+    training = config()
+    training.workload = WorkloadConfig(name="train", num_steps=1)
+    assert "train, 1 timed step after 1 warm-up step" in card(training, CPUS[:1]).text()
+    assert "1 sample, learning rate 1e-05" in card(training, CPUS[:1]).text()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "text"),
+    [
+        ([], "none"),
+        ([3], "3"),
+        (range(10), "0-9"),
+        ([0, 1, 2, 5, 6, 9], "0-2, 5-6, 9"),
+        ([0, 4, 8, 12], "0, 4, 8, 12"),
+        (range(1, 40, 4), "1, 5, ..., 37"),
+    ],
+)
+def test_block_ranges(blocks, text):
+    assert block_ranges(blocks) == text
+
+
+METRICS = {
+    "latency/step_ms": 412.34,
+    "latency/step_ms_iqr": 3.14,
+    "latency/forward_ms": 205.3,
+    "throughput/videos_per_hour": 12.32,
+    "throughput/tokens_per_second": 123456.7,
+    "memory/peak_allocated_gib": 34.2,
+    "memory/gpu0/peak_allocated_gib": 34.2,
+    "memory/gpu1/peak_allocated_gib": 33.2,
+    "memory/gpu0/peak_reserved_gib": 35.0,
+    "memory/rank0/peak_rss_gib": 1.2,
+    "telemetry/gpu0/utilization_percent": 51.4,
+    "load/seconds": 12.3,
+    "load/gib_per_second": 2.31,
+    "parity/rel_l2": 0.0012,
+    "energy/joules_per_step": 287.0,
+    "mfu": 0.413,
+    "communication/seam_gib_per_forward": 0.03125,
+}
+
+
+@WIDTHS
+def test_end_table(width):
+    screen = Screen(width)
+    finished = record(
+        outcome="finished",
+        requested={"precision": {"tolerance": 0.01}},
+        effective={"attention": "sdpa_flash", "verified": "flow, all 8 blocks"},
+        metrics=METRICS,
+        samples={"step_ms": [412.0] * 4},
+        warnings=["GPU 0 was throttled by heat in 12 % of the samples"],
+    )
+    path = "multirun/runs/" + "x" * 120 + "/record.json"
+    screen.console.end_table(finished, path)  # type: ignore[arg-type]
+    text = screen.text(longer=("Record",))
+    assert "Outcome       finished" in text
+    assert "412.3 +- 3.1 ms (median +- IQR, n = 4)" in text
+    assert "205.3 ms (median)" in text
+    assert "12.3 videos/hour, 123,457 tokens/s" in text
+    assert "12.3 s, 2.31 GiB/s" in text
+    assert "287 J/step" in text
+    assert "41.3 % of the dense peak" in text
+    assert "Attention     sdpa_flash" in text
+    assert "32.0 MiB copied between devices a forward" in text
+    assert "relative L2 error 1.2e-03 against mode none" in text
+    assert "(flow, all 8 blocks; tolerance 0.01)" in " ".join(text.split())
+    assert "Warning       GPU 0 was throttled" in text
+    assert f"Record        {path}\n" in text  # in one piece
+    rows = [line.split() for line in text.splitlines()]
+    assert ["gpu0", "34.20", "35.00", "51"] in rows
+    assert ["gpu1", "33.20", "-", "-"] in rows
+    assert "Hint" not in text
+
+
+def test_end_table_shows_only_what_there_is():
+    screen = Screen()
+    screen.console.end_table(record(outcome="skipped", message="mode none uses one device"))
+    assert screen.text().split() == ["Outcome", "skipped:", "mode", "none", "uses", "one", "device"]
+
+
+def test_bit_equal_parity():
+    screen = Screen()
+    screen.console.end_table(
+        record(outcome="finished", metrics={"parity/rel_l2": 0.0, "parity/bit_equal": 1.0})
+    )
+    assert "bit-equal against mode none" in screen.text()
+
+
+def test_end_table_of_a_failure():
+    screen = Screen()
+    frames = "\n".join(f"  frame {index} [bold]{'y' * 100}" for index in range(40))
+    error = {"rank": 1, "type": "OutOfMemoryError", "traceback": f"Traceback\n{frames}\nCUDA out of memory"}
+    screen.console.end_table(record(outcome="oom", message="rank 1 ran out of memory", error=error))
+    text = screen.text(longer=("    frame",))
+    assert "oom: rank 1 ran out of memory" in text
+    assert "Rank 1 failed first (OutOfMemoryError):" in text
+    assert "frame 39 [bold]" in text
+    assert "frame 10" not in text
+    assert "CUDA out of memory" in text
+    assert "Hint          spread the weights" in text
+
+
+def test_tracking_lines_stay_whole():
+    screen = Screen()
+    link = "http://localhost:5000/#/" + "a" * 100
+    screen.console.tracking_lines([link, "scripts/mlflow_ui.sh [x]"])
+    assert screen.text(longer=("http",)) == f"{link}\nscripts/mlflow_ui.sh [x]\n"
+
+
+@WIDTHS
+def test_sweep_table(width):
+    def cell(mode: str, gpus: str, **fields: Any) -> Record:
+        overrides = [f"parallelism={mode}", f"gpus={gpus}", "video=480p"]
+        requested = {"parallelism": {"mode": mode}, "gpus": [int(gpu) for gpu in gpus[1:-1].split(",")]}
+        effective = {"mode": mode, "device_type": "cuda"}
+        return record(overrides=overrides, requested=requested, **{"effective": effective, **fields})
+
+    screen = Screen(width)
+    metrics = {"latency/step_ms": 8.2, "throughput/videos_per_hour": 1421.2}
+    screen.console.sweep_table(
+        [
+            cell(
+                "block_distribution", "[0,1]", outcome="finished", metrics=METRICS | {"parity/bit_equal": 1.0}
+            ),
+            cell("none", "[0,1]", outcome="skipped", message="mode none uses one device", effective={}),
+            cell("data_parallel", "[0]", outcome="finished", metrics=metrics),
+        ]
+    )
+    rows = screen.rows()
+    assert ["block_distribution", "2", "finished", "412.34", "12.3", "34.20", "bit-equal"] in rows
+    assert ["none", "2", "skipped"] in rows
+    assert ["data_parallel", "1", "finished", "8.20", "1,421.2"] in rows
+    assert "none, 2 devices: skipped: mode none uses one device" in screen.text()
+    assert "video=480p" not in screen.text()  # the same in all cells
+
+
+def test_sweep_table_names_what_differs():
+    screen = Screen()
+    cells = [
+        record(overrides=[f"video={video}"], effective={"mode": "none"}, outcome="finished")
+        for video in ("tiny", "480p")
+    ]
+    screen.console.sweep_table(cells)
+    assert "none video=tiny" in screen.text()
+    assert "none video=480p" in screen.text()
+    empty = Screen()
+    empty.console.sweep_table([])
+    assert empty.text() == ""
+
+
+def drive(reporter: progress_module.ProgressReporter) -> None:
+    for _ in range(2):  # the run, then its reference
+        reporter.update("start workers", 0, None)
+        for done in range(4):
+            reporter.update("load weights", done * GIB, 3 * GIB, 1.5)
+            reporter.update("load weights", done * GIB, 3 * GIB, 1.5)
+        reporter.update("measure", 1, 4)
+
+
+def test_plain_progress_is_a_line_a_phase():
+    screen = Screen()
+    with screen.console.progress() as reporter:
+        drive(reporter)
+    assert screen.text().splitlines() == ["start workers ...", "load weights ...", "measure ..."] * 2
+
+
+def test_plain_progress_reports_now_and_then(monkeypatch):
+    clock = iter([100.0, 104.0, 110.5, 115.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    screen = Screen()
+    with show_progress(screen.console._rich) as reporter:
+        for done in range(4):
+            reporter.update("measure", done, 8, 7.25)
+    assert screen.text().splitlines() == ["measure ...", "measure: 2/8, 10 s, about 32 s left, 7.25 GiB"]
+
+
+def test_bars_in_a_terminal():
+    file = io.StringIO()
+    terminal = rich.console.Console(file=file, width=100, force_terminal=True, color_system=None)
+    with show_progress(terminal) as reporter:
+        drive(reporter)
+    last = file.getvalue().rsplit("start workers", 1)[1]
+    assert "load weights" in last
+    assert "3.00/3.00 GiB" in last
+    assert "1.50 GiB" in last
+    assert "1/4" in last
+
+
+def test_bars_survive_ctrl_c():
+    file = io.StringIO()
+    terminal = rich.console.Console(file=file, width=100, force_terminal=True)
+    with pytest.raises(KeyboardInterrupt), show_progress(terminal) as reporter:
+        reporter.update("measure", 1, 4)
+        raise KeyboardInterrupt
+    assert "\x1b[?25h" in file.getvalue()  # the cursor is back

@@ -1,0 +1,64 @@
+"""The record: written whole or not at all, read back equal, older and foreign files told apart."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.tracking.records import make_record
+from wanexp.errors import UserError
+from wanexp.record import FILE_NAME, OUTCOMES, SCHEMA_VERSION, read_record
+
+
+def test_read_back(tmp_path: Path) -> None:
+    record = make_record()
+    path = record.write(tmp_path)
+    assert path == tmp_path / FILE_NAME
+    assert read_record(path) == read_record(tmp_path) == record
+    assert [entry.name for entry in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def test_a_failed_write_leaves_the_old_record(tmp_path: Path) -> None:
+    make_record().write(tmp_path)
+    with pytest.raises(ValueError):
+        make_record(metrics={"latency/step_ms": float("nan")}).write(tmp_path)
+    assert read_record(tmp_path) == make_record()
+
+
+def test_keys_of_the_schema(tmp_path: Path) -> None:
+    document = json.loads(make_record().write(tmp_path).read_text())
+    expected = {"schema_version", "outcome", "requested", "effective", "metrics", "samples", "environment"}
+    assert expected <= set(document)
+    assert {"mode", "layout", "attention", "precision", "device_type", "devices"} <= set(
+        document["effective"]
+    )
+
+
+def test_unknown_keys_are_ignored_and_missing_ones_take_defaults(tmp_path: Path) -> None:
+    document = {"run_id": "r", "name": "n", "started": "", "requested": {}, "schema_version": 1, "new": 1}
+    (tmp_path / FILE_NAME).write_text(json.dumps(document))
+    assert read_record(tmp_path).outcome == "failed"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 99}', '{"schema_version": "1"}'])
+def test_a_file_that_is_no_record_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / FILE_NAME).write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_record(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_without_required_keys_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text(json.dumps({"schema_version": SCHEMA_VERSION, "run_id": "r"}))
+    with pytest.raises(UserError):
+        read_record(tmp_path)
+
+
+def test_no_record(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no record"):
+        read_record(tmp_path)
+
+
+def test_exit_codes() -> None:
+    codes = {outcome: make_record(outcome=outcome).exit_code() for outcome in OUTCOMES}
+    assert codes == dict.fromkeys(OUTCOMES, 1) | {"finished": 0, "skipped": 0, "interrupted": 130}

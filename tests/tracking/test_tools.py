@@ -1,0 +1,161 @@
+"""The tools beside the main job: importing records, repeating a run, opening the UI."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.tracking.conftest import free_port
+from tests.tracking.records import make_record, write_run
+from tests.tracking.test_mlflow_store import runs_in
+from wanexp import rerun
+from wanexp.config import TrackingConfig
+from wanexp.errors import UserError
+from wanexp.tracking import import_records, location, ui
+from wanexp.tracking.mlflow_store import track
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def test_import_of_a_tree(sqlite_uri: str, working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(working_folder / "multirun" / "runs" / "a", make_record("a"))
+    write_run(working_folder / "multirun" / "sweep" / "001_none", make_record("b", outcome="oom"))
+    assert import_records.main(["multirun"]) == 0
+    assert "2 logged, 0 already there, 0 failed" in capsys.readouterr().out
+    assert import_records.main(["multirun/runs/a/record.json", "multirun"]) == 0
+    assert "0 logged, 2 already there, 0 failed" in capsys.readouterr().out
+    assert len(runs_in(sqlite_uri)) == 2
+
+
+def test_import_goes_on_after_a_bad_record(
+    sqlite_uri: str, working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (("a", "{"), ("b", '{"schema_version": 99}'), ("c", '{"schema_version": 1}')):
+        (working_folder / "runs" / name).mkdir(parents=True)
+        (working_folder / "runs" / name / "record.json").write_text(text)
+    write_run(working_folder / "runs" / "z")
+    assert import_records.main(["runs", "--experiment", "other"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["failed", "failed", "failed", "logged", "1"]
+    assert len(runs_in(sqlite_uri, "other")) == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["nowhere"], ["."], ["--port", "1"]])
+def test_import_bad_usage(arguments: list[str], working_folder: Path) -> None:
+    with pytest.raises(SystemExit) as caught:
+        import_records.main(arguments)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("script", ["import_records.py", "rerun.py", "mlflow_ui.sh"])
+def test_scripts_run_from_any_folder(script: str, working_folder: Path) -> None:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run([SCRIPTS / script, "--help"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+def test_rerun_user_errors(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rerun.main(["nowhere"]) == 2
+    write_run(working_folder)  # its config is only a piece of one
+    assert rerun.main(["record.json"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all(line.startswith("error: ") for line in errors)
+
+
+def test_rerun_compares() -> None:
+    now = make_record(metrics={"latency/step_ms": 893.64})
+    assert rerun.comparison(make_record(), now) == "step time: 812 ms before, 894 ms now (+10.0 %)"
+    failed = make_record(outcome="oom", metrics={})
+    assert rerun.comparison(make_record(), failed) == "outcome: finished before, oom now"
+
+
+def test_uri(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    default = f"sqlite:///{working_folder}/mlflow.db"
+    assert location.resolve_uri(None) == default
+    assert location.resolve_uri("sqlite:///mlflow.db") == default
+    assert location.resolve_uri("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000/")
+    assert location.resolve_uri(None) == "http://server:5000"
+    assert location.resolve_uri("sqlite:///mlflow.db") == default
+    with pytest.raises(UserError):
+        location.resolve_uri("sqlite:///:memory:")
+
+
+def test_links_hide_passwords() -> None:
+    link = location.run_link("https://ada:secret@host/mlflow", "1", "r")
+    assert link == "https://host/mlflow/#/experiments/1/runs/r?workflowType=machine_learning"
+    assert location.run_link("postgresql://host/db", "1", "r") is None
+
+
+def test_tools_of_a_wheel_are_modules(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(location, "SCRIPTS", working_folder / "scripts")
+    command = location.tool_command("rerun.py", "wanexp.rerun", working_folder / "a b" / "record.json")
+    assert command == "python -m wanexp.rerun 'a b/record.json'"
+    (working_folder / "scripts").mkdir()
+    (working_folder / "scripts" / "rerun.py").touch()
+    assert location.tool_command("rerun.py", "wanexp.rerun", "x") == "scripts/rerun.py x"
+
+
+def test_ui_without_a_store_is_one_line(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ui.main(["--no-open"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no MLflow store" in line and "python -m wanexp" in line
+
+
+def test_ui_of_a_server_prints_the_runs_table(
+    server: str, working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    track(make_record("for the ui"), working_folder, TrackingConfig(uri=server, experiment="ui"))
+    assert ui.main(["--uri", server, "--experiment", "ui", "--no-open"]) == 0
+    out = capsys.readouterr().out.strip()
+    assert re.fullmatch(
+        rf"{server}/#/experiments/\d+/runs\?workflowType=machine_learning&viewStateShareKey=wanexp", out
+    )
+    assert ui.main(["--uri", f"http://127.0.0.1:{free_port()}", "--no-open"]) == 2
+
+
+def test_ui_port() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="--port"):
+            ui.free_port(taken.getsockname()[1])
+    assert ui.free_port(None) >= location.UI_PORT
+    with pytest.raises(UserError):
+        ui.free_port(99999)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ui_serves_until_it_is_stopped(number: int, sqlite_uri: str, working_folder: Path) -> None:
+    track(make_record(), working_folder, TrackingConfig())
+    port = free_port()
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        [SCRIPTS / "mlflow_ui.sh", "--no-open", "--port", str(port)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        lines = [process.stdout.readline() for _ in range(3)]
+        link = f"http://127.0.0.1:{port}/#/experiments/1/runs?workflowType=machine_learning"
+        assert lines[1].startswith(link)
+        assert "Ctrl-C" in lines[2]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as page:
+            assert b"MLflow" in page.read()
+    finally:
+        process.send_signal(number)
+    assert process.wait(20) == 0
+    time.sleep(0.2)
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)

@@ -1,0 +1,130 @@
+"""The program, `python -m wanexp` or `wanexp`: composes the config, runs it, exits with the outcome's code.
+
+0 finished or skipped, 2 user error (one line on stderr), 130 interrupted, 1 any other. Only what composing
+needs is imported here, so that --help and --cfg answer at once.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from wanexp.compose_errors import explain
+from wanexp.config import conf_dir, register, to_run_config
+from wanexp.errors import UserError
+from wanexp.record import Record
+from wanexp.sweep import SweepCell, SweepLauncher, outer_rank, register_launcher, sweep_exit_code
+
+
+def main() -> int:
+    """Run the command line in `sys.argv` and return the exit code."""
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    SweepLauncher.current = None
+    try:
+        with _hydra_raises(), _quiet_outer_ranks():
+            code, failure = _run_hydra()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # of composing, or of a sweep that cannot start
+        if SweepLauncher.current is not None:
+            SweepLauncher.current.discard()
+        return _user_error(error, None if wants_traceback else explain(error))
+    if failure is not None:  # of the run, where any other error is our own mistake
+        is_user_error = isinstance(failure, UserError) and not wants_traceback
+        return _user_error(failure, str(failure) if is_user_error else None)
+    return code
+
+
+def _user_error(error: Exception, message: str | None) -> int:
+    if message is None:
+        raise error
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _run_hydra() -> tuple[int, Exception | None]:
+    """Let Hydra compose and call `job`, or the sweep launcher do it; the exit code, and what a run raised."""
+    records: list[Record] = []
+    failures: list[Exception] = []
+
+    def job(config: DictConfig, sweep: SweepCell | None = None) -> Record | None:
+        if sweep is not None:  # the launcher takes what it returns or raises
+            return _execute(config, sweep)
+        try:
+            records.append(_execute(config, None))
+        except Exception as error:  # Hydra would add lines of its own
+            failures.append(error)
+        return None
+
+    register()
+    register_launcher()
+    compose_and_call = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)
+    sweep_code = 0
+    try:
+        compose_and_call()
+    finally:
+        if SweepLauncher.current is not None:
+            sweep_code = SweepLauncher.current.finish()
+    code = sweep_code or sweep_exit_code(record.outcome for record in records)
+    return code, failures[0] if failures else None
+
+
+def _execute(config: DictConfig, sweep: SweepCell | None) -> Record:
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    try:
+        run_config = to_run_config(config)
+    except UserError:
+        if sweep is None:
+            _discard_empty_run(folder, hydra_config.output_subdir)
+        raise
+    from wanexp.runner import run  # torch and rich are slow to import
+
+    return run(run_config, folder=folder, overrides=list(hydra_config.overrides.task), sweep=sweep)
+
+
+def _discard_empty_run(folder: Path, output_subdir: str | None) -> None:
+    """Remove the folder that Hydra made for a config that turned out invalid, if it holds nothing else."""
+    if [path.name for path in folder.iterdir()] in ([], [output_subdir]):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _hydra_raises() -> Iterator[None]:
+    """Have Hydra raise its errors: it would print several lines of its own and exit."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+@contextmanager
+def _quiet_outer_ranks() -> Iterator[None]:
+    """Under an outer torchrun every process composes, but rank 0 alone owns the run's folder."""
+    if not outer_rank():  # None: no torchrun
+        yield
+        return
+    arguments = list(sys.argv)
+    with tempfile.TemporaryDirectory(prefix="wanexp-rank-") as folder:
+        sys.argv += [f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
+        try:
+            yield
+        finally:
+            sys.argv = arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

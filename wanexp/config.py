@@ -1,0 +1,448 @@
+"""The run configuration as dataclasses: every key with its type, unit and default.
+
+Hydra composes `conf/` into a DictConfig against these classes (`register`); `to_run_config` turns it into the
+dataclasses themselves, and below that boundary nobody sees OmegaConf. Nothing here touches a device or the
+environment, and nothing imports torch.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wanexp.errors import UserError
+from wanexp.wan.architecture import PATCH_SIZE, WanArchitecture
+
+MODES = ("none", "data_parallel", "distributed", "block_distribution")
+PLACEMENTS = ("contiguous", "memory", "interleaved")
+WORKLOADS = ("denoise", "train")
+DTYPES = ("bfloat16", "float16", "float32")
+VERIFY = ("auto", "always", "never")
+ATTENTIONS = ("auto", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math")
+DEVICE_TYPES = ("auto", "cuda", "cpu")
+LINKS = ("nvlink", "pcie")
+
+
+@dataclass
+class ModelConfig:
+    """One row of the Wan family. Sampling values are the published defaults of that model."""
+
+    name: str = MISSING
+    architecture: WanArchitecture = field(default_factory=WanArchitecture)
+    num_experts: int = 1  # Wan 2.2 A14B: 2 transformers, the first for high noise
+    expert_boundary: float | None = None  # the first expert serves timesteps >= boundary * 1000
+    per_token_timestep: bool = False  # TI2V with an image: tokens of the first latent frame are at timestep 0
+    vae_stride: list[int] = field(
+        default_factory=lambda: [4, 8, 8]
+    )  # video frames, rows, columns a latent cell
+    sampling_steps: int = 50  # steps of a whole video, used for throughput
+    shift: float = 5.0  # of the flow-matching noise schedule
+    guidance_scale: list[float] = field(default_factory=lambda: [5.0])  # one an expert
+
+
+@dataclass
+class DeviceProfile:
+    """What is known of one device. Rates are dense peaks from the vendor's datasheet; None where unknown."""
+
+    name: str = ""  # as NVML and torch report it; empty: numbers of your own, for whatever device is found
+    memory_gib: float | None = None
+    bf16_tflops: float | None = None
+    memory_bandwidth_gb_s: float | None = None
+    link: str | None = None  # nvlink, pcie: between devices
+    link_gb_s: float | None = None  # one direction, between two devices
+    host_link_gb_s: float | None = None  # one direction, host to device
+
+
+@dataclass
+class HardwareConfig:
+    """A hardware profile: `auto` and `cpu` are found at run time, the others are named machines."""
+
+    name: str = MISSING
+    device_type: str = "auto"  # auto (cuda where there is one), cuda, cpu
+    num_devices: int | None = None  # None: as many as are found; on CPU the number of logical devices
+    device: DeviceProfile | None = None  # None: looked up by the found device's name
+
+
+@dataclass
+class ParallelismConfig:
+    """A mode: a named preset of the layout. A degree of -1 takes all GPUs of the run."""
+
+    mode: str = MISSING
+    dp: int = 1  # replicas
+    blocks: int = 1  # devices in one rank, over which the transformer blocks are spread
+    block_placement: str = (
+        "contiguous"  # contiguous, memory (shares by free memory), interleaved (round-robin)
+    )
+    block_split: list[int] | None = None  # explicit number of blocks for each GPU in turn
+
+
+@dataclass
+class WorkloadConfig:
+    """What is executed and timed."""
+
+    name: str = MISSING  # denoise, train
+    num_steps: int = 4  # timed denoising (or optimiser) steps
+    num_warmup_steps: int = 1  # untimed ones before them
+    batch_size: int | None = None  # samples in the whole batch; None: one a replica
+    guidance_scale: list[float] | None = None  # None: the model's; above 1 each step is two forwards (CFG)
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.01
+    activation_checkpointing: bool = True
+
+
+@dataclass
+class VideoConfig:
+    """Size of the video in pixels and frames (frames = 4n + 1)."""
+
+    name: str = MISSING
+    width: int = MISSING
+    height: int = MISSING
+    num_frames: int = MISSING
+    fps: int = 16
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats. `tolerance` bounds parity/rel_l2 of a mode against `none`."""
+
+    name: str = MISSING
+    dtype: str = MISSING  # of weights and matrix products: bfloat16, float16, float32
+    residual_fp32: bool = False  # keep the residual stream in fp32 between blocks
+    tolerance: float = MISSING
+
+
+@dataclass
+class TrackingConfig:
+    """Where the record goes after record.json is written."""
+
+    enabled: bool = True
+    uri: str | None = None  # None: MLFLOW_TRACKING_URI, else sqlite in <working folder>/mlflow.db
+    experiment: str = "wanexp"
+    timeout_s: float = 5.0  # a server that does not answer within this is left alone
+
+
+@dataclass
+class LimitsConfig:
+    """When a run is given up."""
+
+    run_s: float = 7200.0  # a whole launch: loading, warm-up and steps
+    stall_s: float = 600.0  # no sign of life from any rank
+
+
+@dataclass
+class RunConfig:
+    """One run, whole."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    checkpoint: str | None = None  # a safetensors file, index or folder; None: random weights
+    gpus: list[int] | None = None  # torch device indices; None: one for mode none, all for the others
+    attention: str = "auto"  # auto, sdpa_flash, sdpa_cudnn, sdpa_efficient, sdpa_math
+    seed: int = 0
+    verify: str = "auto"  # auto, always, never: compare the answer with mode none
+    profile: bool = False  # a torch profiler trace in a pass of its own
+    sweep_name: str | None = None  # a sweep's folder under multirun/; None: its date and time
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain containers, ready for JSON."""
+    return asdict(config)
+
+
+def conf_dir() -> Path:
+    """The folder of the YAML groups: inside an installed package, else at the top of the source tree."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def register() -> None:
+    """Make the schema known to Hydra, and the resolvers that `conf/config.yaml` names folders with."""
+    ConfigStore.instance().store(name="run_config", node=RunConfig, provider="wanexp")
+    OmegaConf.register_new_resolver("wanexp.sweep_folder", _sweep_folder, replace=True)
+    OmegaConf.register_new_resolver("wanexp.cell_folder", _cell_folder, replace=True)
+
+
+def _sweep_folder(sweep_name: str | None, now: str) -> str:
+    return now if sweep_name is None else str(sweep_name)
+
+
+def _cell_folder(number: int, mode: str, gpus: Sequence[int] | None) -> str:
+    """`003_block_distribution_2gpus`: sorts in order, and holds no bracket or comma."""
+    if gpus is None:
+        count = "1gpu" if mode == "none" else "all_gpus"
+    else:
+        count = "1gpu" if len(gpus) == 1 else f"{len(gpus)}gpus"
+    return f"{int(number):03d}_{mode}_{count}"
+
+
+def to_run_config(config: DictConfig) -> RunConfig:
+    """The composed config as dataclasses, checked. Raises UserError for the first thing that is wrong."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise UserError(f"{missing[0]} has no value; write {missing[0]}=VALUE")
+        container = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(omegaconf_message(error)) from error
+    assert isinstance(container, dict)
+    values = {str(key): value for key, value in container.items()}
+    for key in _unknown_keys(RunConfig, values):  # `+key=value` goes past the schema
+        raise UserError(unknown_key_message(key))
+    return run_config_from_dict(values)
+
+
+def run_config_from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """A config from plain containers, such as the `requested` of a record, checked as `to_run_config` does.
+
+    Keys that this version does not know are ignored, those it misses take their defaults. Raises UserError.
+    """
+    known = _known_items(RunConfig, values)
+    for key, value in _leaves(known):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key} is {value}; write a finite number")
+        if key.startswith("model.architecture.") and isinstance(value, int):  # its own check divides by some
+            least = 0 if key.endswith(".clip_tokens") else 1
+            if value < least:
+                raise UserError(f"{key} is {value}; write {least} or more")
+    try:
+        schema = OmegaConf.merge(OmegaConf.structured(RunConfig), known)
+        missing = sorted(OmegaConf.missing_keys(schema))
+        if missing:
+            raise UserError(f"{missing[0]} has no value")
+        config = OmegaConf.to_object(schema)
+    except OmegaConfBaseException as error:
+        raise UserError(omegaconf_message(error)) from error
+    assert isinstance(config, RunConfig)
+    _check(config)
+    return config
+
+
+def _check(config: RunConfig) -> None:
+    """Raise UserError for the first value that makes no sense; spread guidance scales over the experts."""
+    model, video, workload, hardware = config.model, config.video, config.workload, config.hardware
+    for key, found, valid in (
+        ("parallelism.mode", config.parallelism.mode, MODES),
+        ("parallelism.block_placement", config.parallelism.block_placement, PLACEMENTS),
+        ("workload.name", workload.name, WORKLOADS),
+        ("precision.dtype", config.precision.dtype, DTYPES),
+        ("hardware.device_type", hardware.device_type, DEVICE_TYPES),
+        ("attention", config.attention, ATTENTIONS),
+        ("verify", config.verify, VERIFY),
+    ):
+        if found not in valid:
+            raise UserError(unknown_choice_message(key, found, valid))
+
+    at_least: list[tuple[str, float | None, int]] = [
+        ("model.num_experts", model.num_experts, 1),
+        ("model.sampling_steps", model.sampling_steps, 1),
+        ("hardware.num_devices", hardware.num_devices, 1),
+        ("workload.num_steps", workload.num_steps, 1),
+        ("workload.num_warmup_steps", workload.num_warmup_steps, 0),
+        ("workload.batch_size", workload.batch_size, 1),
+        ("workload.weight_decay", workload.weight_decay, 0),
+        ("video.num_frames", video.num_frames, 1),
+        ("video.width", video.width, 1),
+        ("video.height", video.height, 1),
+        ("video.fps", video.fps, 1),
+        ("seed", config.seed, 0),
+    ]
+    for key, number, least in at_least:
+        if number is not None and number < least:
+            raise UserError(f"{key} is {number}; write {least} or more")
+
+    above_zero: list[tuple[str, float | None]] = [
+        ("model.shift", model.shift),
+        ("workload.learning_rate", workload.learning_rate),
+        ("precision.tolerance", config.precision.tolerance),
+        ("tracking.timeout_s", config.tracking.timeout_s),
+        ("limits.run_s", config.limits.run_s),
+        ("limits.stall_s", config.limits.stall_s),
+    ]
+    if hardware.device is not None:
+        device = hardware.device
+        above_zero += [
+            ("hardware.device.memory_gib", device.memory_gib),
+            ("hardware.device.bf16_tflops", device.bf16_tflops),
+            ("hardware.device.memory_bandwidth_gb_s", device.memory_bandwidth_gb_s),
+            ("hardware.device.link_gb_s", device.link_gb_s),
+            ("hardware.device.host_link_gb_s", device.host_link_gb_s),
+        ]
+        if device.link is not None and device.link not in LINKS:
+            raise UserError(unknown_choice_message("hardware.device.link", device.link, LINKS))
+    for key, number in above_zero:
+        if number is not None and number <= 0:
+            raise UserError(f"{key} is {number}; write a number above 0")
+
+    if config.gpus is not None:
+        if not config.gpus:
+            raise UserError(
+                "gpus is empty; write device numbers such as gpus=[0], or gpus=null to choose by the mode"
+            )
+        for index in config.gpus:
+            if index < 0:
+                raise UserError(f"gpus has {index}; write device numbers of 0 or more")
+            if config.gpus.count(index) > 1:
+                raise UserError(
+                    f"gpus names device {index} {config.gpus.count(index)} times; write each once"
+                )
+    check_sweep_name(config.sweep_name)
+    _check_model(model)
+    _check_video(video, model)
+    model.guidance_scale = _per_expert("model.guidance_scale", model.guidance_scale, model.num_experts)
+    if workload.guidance_scale is not None:
+        workload.guidance_scale = _per_expert(
+            "workload.guidance_scale", workload.guidance_scale, model.num_experts
+        )
+
+
+def check_sweep_name(name: str | None) -> None:
+    """Raise UserError for a name that cannot be a sweep's folder under multirun/."""
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        raise UserError(f"sweep_name is '{name}'; write a folder name of letters, digits and . _ -")
+    if name == "runs":
+        raise UserError("sweep_name is 'runs', the folder of single runs; write another name")
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.num_experts > 1 and model.expert_boundary is None:
+        raise UserError(
+            f"model.num_experts is {model.num_experts} and model.expert_boundary is null; write the share of "
+            "the timesteps where the experts change, such as model.expert_boundary=0.875"
+        )
+    if model.expert_boundary is not None and not 0 < model.expert_boundary < 1:
+        raise UserError(f"model.expert_boundary is {model.expert_boundary}; write a number between 0 and 1")
+    if len(model.vae_stride) != 3 or min(model.vae_stride) < 1:
+        raise UserError(
+            f"model.vae_stride is {model.vae_stride}; write three numbers (frames, rows, columns), such as "
+            "[4,8,8]"
+        )
+    if model.architecture.clip_tokens not in (0, 257, 514):
+        raise UserError(
+            f"model.architecture.clip_tokens is {model.architecture.clip_tokens}; write 0 (no CLIP tokens), "
+            "257 (one image) or 514 (two)"
+        )
+
+
+def _check_video(video: VideoConfig, model: ModelConfig) -> None:
+    """The latent has whole frames, and whole patches of rows and columns."""
+    stride, rows, columns = model.vae_stride
+    if (video.num_frames - 1) % stride:
+        below = (video.num_frames - 1) // stride * stride + 1
+        raise UserError(
+            f"video.num_frames is {video.num_frames}; write a number of the form {stride}n + 1, such as "
+            f"{below} or {below + stride}"
+        )
+    for key, size, multiple in (
+        ("video.height", video.height, rows * PATCH_SIZE[1]),
+        ("video.width", video.width, columns * PATCH_SIZE[2]),
+    ):
+        if size % multiple:
+            nearest = max(1, size // multiple) * multiple
+            raise UserError(
+                f"{key} is {size}; {model.name} takes multiples of {multiple} (VAE stride x patch), such as "
+                f"{nearest}"
+            )
+
+
+def _per_expert(key: str, scales: list[float], num_experts: int) -> list[float]:
+    if len(scales) == 1:
+        return scales * num_experts
+    if len(scales) != num_experts:
+        wanted = (
+            "one number, such as [5]" if num_experts == 1 else f"one number, or {num_experts} (one an expert)"
+        )
+        raise UserError(f"{key} has {len(scales)} numbers; write {wanted}")
+    return scales
+
+
+def did_you_mean(found: object, valid: Iterable[str]) -> str:
+    """` (did you mean X?)` where one of the valid words is close to the one found, else nothing."""
+    close = difflib.get_close_matches(str(found), list(valid), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def unknown_choice_message(key: str, found: object, valid: Sequence[str]) -> str:
+    """The line for a name that is not among the valid ones."""
+    return f"{key} '{found}' does not exist{did_you_mean(found, valid)}; write one of: {', '.join(valid)}"
+
+
+def unknown_key_message(key: str) -> str:
+    """The line for a dotted key that the schema does not have; it lists the keys of the nearest group."""
+    group: type = RunConfig
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        names = [item.name for item in fields(group)]
+        path = ".".join(parts[:depth])
+        if part not in names:
+            found = ".".join(parts[: depth + 1])
+            listed = f"keys of {path}: {', '.join(names)}" if path else f"keys: {', '.join(names)}"
+            return f"{found} does not exist{did_you_mean(part, names)}; {listed}"
+        nested = _dataclass_of(group, part)
+        if nested is None:
+            return f"{key} does not exist; {'.'.join(parts[: depth + 1])} is a single value"
+        group = nested
+    return f"{key} does not exist"
+
+
+def omegaconf_message(error: OmegaConfBaseException) -> str:
+    """OmegaConf's first line, with the key that it speaks of."""
+    key = f"{error.full_key}: " if error.full_key else ""
+    return key + str(error).strip().split("\n")[0]
+
+
+def _dataclass_of(group: type, key: str) -> type | None:
+    """The dataclass that `key` of `group` holds (also where it may be None), or None for a plain value."""
+    annotation = get_type_hints(group)[key]
+    for candidate in (annotation, *(kind for kind in get_args(annotation) if kind is not NoneType)):
+        if isinstance(candidate, type) and is_dataclass(candidate):
+            return candidate
+    return None
+
+
+def _known_items(group: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` without the keys that `group` and the dataclasses in it do not have."""
+    known = {}
+    for item in fields(group):
+        if item.name not in values:
+            continue
+        value, nested = values[item.name], _dataclass_of(group, item.name)
+        known[item.name] = _known_items(nested, value) if nested and isinstance(value, Mapping) else value
+    return known
+
+
+def _unknown_keys(group: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    names = [item.name for item in fields(group)]
+    unknown = []
+    for key, value in values.items():
+        nested = _dataclass_of(group, key) if key in names else None
+        if key not in names:
+            unknown.append(prefix + key)
+        elif nested and isinstance(value, Mapping):
+            unknown += _unknown_keys(nested, value, f"{prefix}{key}.")
+    return unknown
+
+
+def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item, path)
+    else:
+        yield path, value

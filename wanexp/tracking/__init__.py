@@ -1,0 +1,1 @@
+"""What becomes of a record: MLflow runs, and the view of them."""

@@ -1,0 +1,110 @@
+"""Where the MLflow store is, and how the tools beside the main job are called. Needs no mlflow."""
+
+import os
+import shlex
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from wanexp.errors import UserError
+
+SQLITE = "sqlite:///"
+DEFAULT_URI = "sqlite:///mlflow.db"
+UI_HOST = "127.0.0.1"
+UI_PORT = 5000
+WORKFLOW = "workflowType=machine_learning"  # without it MLflow's UI opens on an empty GenAI page
+SCRIPTS = Path(__file__).parents[2] / "scripts"  # in a source tree; a wheel has the modules only
+
+
+def resolve_uri(uri: str | None) -> str:
+    """The store: `uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` in the working folder; absolute."""
+    uri = (uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI).strip()
+    if not uri.startswith("sqlite:"):
+        return uri.rstrip("/") if is_http(uri) else uri
+    path = uri.removeprefix(SQLITE)
+    if not uri.startswith(SQLITE) or not path or path.startswith(":memory:"):
+        raise UserError(
+            f"the tracking URI {uri} names no file; write sqlite:///mlflow.db or http://HOST:PORT"
+        )
+    return SQLITE + str(Path(path).absolute())
+
+
+def is_http(uri: str) -> bool:
+    """Whether a server is behind this URI."""
+    return urlsplit(uri).scheme in ("http", "https")
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The database file of a resolved sqlite URI; None for any other store."""
+    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+
+
+def without_password(uri: str) -> str:
+    """`uri` fit for printing."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+def run_link(uri: str, experiment_id: str, run_id: str) -> str | None:
+    """The page of one run: on the server, or on the one that the UI script starts; None for other stores."""
+    base = _ui_base(uri)
+    return base and f"{base}/#/experiments/{experiment_id}/runs/{run_id}?{WORKFLOW}"
+
+
+def runs_link(base: str, experiment_id: str, *, view: str | None = None) -> str:
+    """The table of runs of an experiment; view: key of a shared view of its columns."""
+    query = WORKFLOW + (f"&viewStateShareKey={view}" if view else "")
+    return f"{base}/#/experiments/{experiment_id}/runs?{query}"
+
+
+def tool_command(script: str, module: str, *arguments: str | Path) -> str:
+    """How to call one of our tools from here: the script of a source tree, or the module of a wheel."""
+    path = SCRIPTS / script
+    if not path.exists():
+        words = ["python", "-m", module]
+    elif path.is_relative_to(Path.cwd()):
+        words = [str(path.relative_to(Path.cwd()))]
+    else:
+        words = [str(path)]
+    return shlex.join([*words, *map(_short, arguments)])
+
+
+def server_answers(uri: str, timeout_s: float) -> str | None:
+    """None when an HTTP server answers at `uri` within the time, else what is wrong.
+
+    Any answer but a gateway's error counts: servers that are not MLflow's own have no /health. It is
+    asked in a thread, because no timeout of the standard library covers name resolution.
+    """
+    problem = [f"no answer within {timeout_s:g} s"]
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(f"{without_password(uri)}/health", timeout=timeout_s):
+                problem[0] = ""
+        except urllib.error.HTTPError as error:
+            problem[0] = f"HTTP status {error.code}" if error.code in (502, 503, 504) else ""
+        except urllib.error.URLError as error:
+            # A bad certificate is an answer: MLflow has settings for it and a message of its own.
+            problem[0] = "" if "CERTIFICATE" in str(error.reason) else str(error.reason)
+        except (OSError, ValueError) as error:
+            problem[0] = str(error) or type(error).__name__
+
+    thread = threading.Thread(target=ask, name="mlflow-preflight", daemon=True)
+    thread.start()
+    thread.join(timeout_s + 0.5)
+    return problem[0] or None
+
+
+def _ui_base(uri: str) -> str | None:
+    if is_http(uri):
+        return without_password(uri)
+    return f"http://{UI_HOST}:{UI_PORT}" if uri.startswith(SQLITE) else None
+
+
+def _short(argument: str | Path) -> str:
+    """Relative to the working folder where it lies below it."""
+    if isinstance(argument, Path) and argument.is_absolute() and argument.is_relative_to(Path.cwd()):
+        return str(argument.relative_to(Path.cwd()))
+    return str(argument)

@@ -1,0 +1,292 @@
+"""A record as one MLflow run.
+
+MLflow is a view of records: whatever goes wrong here is a line to print, never an error, and an import later
+mends it. Only the parent process comes here, after record.json was written. mlflow is imported late: it takes
+seconds.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wanexp.config import TrackingConfig
+from wanexp.errors import UserError
+from wanexp.record import FILE_NAME, Record
+from wanexp.tracking import describe
+from wanexp.tracking.location import (
+    is_http,
+    resolve_uri,
+    run_link,
+    server_answers,
+    sqlite_path,
+    tool_command,
+    without_password,
+)
+from wanexp.tracking.markdown import description
+from wanexp.tracking.view import VIEW_TAG, view_state
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+STATUS = {"finished": "FINISHED", "skipped": "FINISHED", "interrupted": "KILLED"}  # any other outcome: FAILED
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",  # else the UI opens on a GenAI page
+    VIEW_TAG: view_state(),
+}
+COMPLETE_TAG = "wanexp.logged"  # set last: a run without it is half of one
+METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits
+MAX_LOG_BYTES = 1 << 20  # larger logs of ranks stay in the run's folder
+LOCK_S = 60.0  # how long another process may hold the database
+ENVIRONMENT = {  # MLflow's settings where the user has none
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # its 7 block for four minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+
+
+@dataclass
+class Tracked:
+    """What became of a record.
+
+    run_url: the run's page, None where nothing was stored or the store has no page. lines: to print.
+    state: `logged`, `present` (it was there already), `off` (tracking.enabled=false) or `failed`.
+    """
+
+    run_url: str | None = None
+    lines: list[str] = field(default_factory=list)
+    state: str = "failed"
+
+
+def track(record: Record, folder: Path, tracking: TrackingConfig) -> Tracked:
+    """Store `record`, whose files are in `folder`, as one MLflow run. Raises nothing.
+
+    To be called once record.json exists. A record that is in the experiment already is left alone; half of
+    one (after a crash, or when a server went away) is replaced.
+    """
+    folder = folder.absolute()
+    if not tracking.enabled:
+        return Tracked(None, [f"MLflow: off. {_how_to_import(folder, tracking)}"], "off")
+    try:
+        return _track(record, folder, tracking, resolve_uri(tracking.uri))
+    except ImportError as error:
+        name = (error.name or "mlflow").partition(".")[0]
+        problem = f"{name} is not installed; pip install mlflow"
+    except UserError as error:
+        problem = str(error)
+    except Exception as error:  # of mlflow, its database, the network: the record is safe, so the run goes on
+        problem = _one_line(error)
+    return Tracked(None, [f"MLflow has no copy of this run: {problem}", _how_to_import(folder, tracking)])
+
+
+def _track(record: Record, folder: Path, tracking: TrackingConfig, uri: str) -> Tracked:
+    shown = without_password(uri)
+    if is_http(uri) and (problem := server_answers(uri, tracking.timeout_s)):
+        raise UserError(f"the server {shown} does not answer ({problem})")
+    client_class = _import_client()
+    database = sqlite_path(uri)
+    with _locked(database) if database else nullcontext():
+        client = client_class(tracking_uri=uri)
+        experiment_id = _experiment(client, tracking.experiment, database)
+        present = _find(client, experiment_id, record.run_id)
+        if present:
+            url = run_link(uri, experiment_id, present)
+            return Tracked(
+                url, [f"MLflow: this run is in {shown} already", *_links(uri, url, tracking)], "present"
+            )
+        run = client.create_run(
+            experiment_id,
+            start_time=describe.start_ms(record) or round(time.time() * 1000),
+            tags={"wanexp.run_id": record.run_id},
+            run_name=describe.run_name(record),
+        )
+        lines = _fill(client, run.info.run_id, record, folder, alive=lambda: _alive(uri, tracking.timeout_s))
+    url = run_link(uri, experiment_id, run.info.run_id)
+    head = f"MLflow: experiment {tracking.experiment} in {shown}"
+    return Tracked(url, [head, *_links(uri, url, tracking), *lines], "logged")
+
+
+def _fill(client: "MlflowClient", run_id: str, record: Record, folder: Path, *, alive: Any) -> list[str]:
+    """Log everything into a fresh run and end it, whatever happens. Returns warnings."""
+    end = describe.end_ms(record) or None
+    try:
+        _log_values(client, run_id, record, folder)
+        lines = _log_files(client, run_id, record, folder)
+        client.set_tag(run_id, COMPLETE_TAG, "complete")
+        client.set_terminated(run_id, STATUS.get(record.outcome, "FAILED"), end)
+    except BaseException as error:
+        # A run that is left RUNNING stays so for ever. A server that went away would only cost time here.
+        if alive():
+            try:
+                client.set_tag(run_id, "wanexp.tracking_error", _one_line(error)[: describe.MAX_TAG])
+                client.set_terminated(run_id, "FAILED", end)
+            except Exception as second:
+                logging.getLogger(__name__).debug("the run could not be ended: %s", second)
+        raise
+    return lines
+
+
+def _log_values(client: "MlflowClient", run_id: str, record: Record, folder: Path) -> None:
+    """Tags, params and metrics, in as few calls as MLflow's limits allow."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    command = tool_command("rerun.py", "wanexp.rerun", folder / FILE_NAME)
+    note = {"mlflow.note.content": description(record, rerun=command)}
+    tags = [RunTag(key, value) for key, value in {**describe.tags_of(record), **note}.items()]
+    client.log_batch(run_id, tags=tags)
+    params = (Param(key, value) for key, value in describe.params_of(record).items())
+    for param_batch in _chunks(params, PARAMS_PER_CALL):
+        client.log_batch(run_id, params=param_batch)
+    metrics = (Metric(*point) for point in describe.points_of(record))
+    for metric_batch in _chunks(metrics, METRICS_PER_CALL):
+        client.log_batch(run_id, metrics=metric_batch)
+
+
+def _log_files(client: "MlflowClient", run_id: str, record: Record, folder: Path) -> list[str]:
+    """The record, the composed config, the record's artifacts, small logs. Returns a line a path refused."""
+    with tempfile.TemporaryDirectory(prefix="wanexp-") as temporary:
+        draft = Path(temporary)
+        for name, content, source in (
+            (FILE_NAME, record.__dict__, folder / FILE_NAME),
+            ("config.yaml", record.requested, folder / ".hydra" / "config.yaml"),  # JSON is YAML
+        ):
+            if source.is_file():
+                (draft / name).write_bytes(source.read_bytes())
+            else:
+                (draft / name).write_text(json.dumps(content, indent=1) + "\n")
+            client.log_artifact(run_id, str(draft / name))
+    files, lines = artifact_files(record, folder)
+    for relative in files:
+        parent = relative.parent.as_posix()
+        client.log_artifact(run_id, str(folder / relative), None if parent == "." else parent)
+    return lines
+
+
+def artifact_files(record: Record, folder: Path) -> tuple[list[Path], list[str]]:
+    """Files to store beside record.json and config.yaml, relative to `folder`, and a line a path refused.
+
+    A record can come from anywhere: what lies outside its folder, links included, is not read.
+    """
+    root = folder.resolve()
+    found: dict[Path, None] = {}
+    lines = []
+    for name in record.artifacts:
+        path = folder / name
+        if not path.resolve().is_relative_to(root) or ".." in Path(name).parts:
+            lines.append(f"MLflow: artifact {name} was left out; it lies outside {folder}")
+            continue
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and file.resolve().is_relative_to(root):
+                found[file.absolute().relative_to(folder)] = None
+    for file in sorted(folder.rglob("*.log")):
+        if file.is_file() and not file.is_symlink() and 0 < file.stat().st_size <= MAX_LOG_BYTES:
+            found[file.relative_to(folder)] = None
+    found.pop(Path(FILE_NAME), None)
+    return list(found), lines
+
+
+def _experiment(client: "MlflowClient", name: str, database: Path | None) -> str:
+    """Id of the experiment: created, or restored from deletion, and with our tags as need be."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        # MLflow's default is relative to the working folder of whoever comes first.
+        location = (database.parent / "mlruns" / name).as_uri() if database else None
+        try:
+            return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
+        except MlflowException:  # another process was faster
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    for key, value in EXPERIMENT_TAGS.items():
+        if key not in experiment.tags or (key == VIEW_TAG and experiment.tags[key] != value):
+            client.set_experiment_tag(experiment.experiment_id, key, value)
+    return experiment.experiment_id
+
+
+def _find(client: "MlflowClient", experiment_id: str, record_id: str) -> str | None:
+    """The whole MLflow run of this record, if any; halves of one are deleted."""
+    quoted = record_id.replace('"', "")
+    whole = None
+    for run in client.search_runs([experiment_id], f'tags.`wanexp.run_id` = "{quoted}"'):
+        if run.data.tags.get(COMPLETE_TAG) and run.info.status != "RUNNING":
+            whole = run.info.run_id
+        else:
+            client.delete_run(run.info.run_id)
+    return whole
+
+
+def _import_client() -> "type[MlflowClient]":
+    """mlflow's client, with telemetry off, few retries and no chatter."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from mlflow.tracking import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient
+
+
+@contextmanager
+def _locked(database: Path) -> Iterator[None]:
+    """Only one of our processes is in the database: two that create it crash in MLflow's migration."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(f"{database.name}.lock").open("a") as lock:
+        deadline = time.monotonic() + LOCK_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(f"another process has held {lock.name} for {LOCK_S:g} s") from None
+                time.sleep(0.05)
+        yield  # closing the file gives the lock back
+
+
+def _alive(uri: str, timeout_s: float) -> bool:
+    return not is_http(uri) or server_answers(uri, timeout_s) is None
+
+
+def _links(uri: str, url: str | None, tracking: TrackingConfig) -> list[str]:
+    """The page of the run, and for a file the command that serves it."""
+    if sqlite_path(uri) is None:
+        return [f"  {url}"] if url else []
+    command = tool_command("mlflow_ui.sh", "wanexp.tracking.ui", *_options(tracking))
+    return [f"  to look at it: {command}", f"  then open: {url}"]
+
+
+def _how_to_import(folder: Path, tracking: TrackingConfig) -> str:
+    command = tool_command("import_records.py", "wanexp.tracking.import_records", *_options(tracking), folder)
+    return f"  the record is safe; to import it later: {command}"
+
+
+def _options(tracking: TrackingConfig) -> list[str]:
+    """What our other tools must be told to find the same experiment."""
+    options = ["--uri", tracking.uri] if tracking.uri else []
+    if tracking.experiment != TrackingConfig.experiment:
+        options += ["--experiment", tracking.experiment]
+    return options
+
+
+def _chunks(values: Iterator[Any], size: int) -> Iterator[Sequence[Any]]:
+    while batch := list(islice(values, size)):
+        yield batch
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__
