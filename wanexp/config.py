@@ -26,6 +26,9 @@ PLACEMENTS = ("contiguous", "memory", "interleaved")
 WORKLOADS = ("denoise", "train")
 DTYPES = ("bfloat16", "float16", "float32")
 VERIFY = ("auto", "always", "never")
+TASKS = ("run", "plan")
+OBJECTIVES = ("latency", "throughput", "memory")
+AUTO_MODE = "auto"  # the planner's choice; no layout has it
 ATTENTIONS = ("auto", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math")
 DEVICE_TYPES = ("auto", "cuda", "cpu")
 LINKS = ("nvlink", "pcie")
@@ -55,10 +58,19 @@ class DeviceProfile:
     name: str = ""  # as NVML and torch report it; empty: numbers of your own, for whatever device is found
     memory_gib: float | None = None
     bf16_tflops: float | None = None
+    fp32_tflops: float | None = None  # without tensor cores
     memory_bandwidth_gb_s: float | None = None
     link: str | None = None  # nvlink, pcie: between devices
     link_gb_s: float | None = None  # one direction, between two devices
     host_link_gb_s: float | None = None  # one direction, host to device
+    # Achieved, as scripts/calibrate.py measures them; None: a stated share of the peaks above (planning/time.py)
+    gemm_tflops: float | None = None  # 16-bit matrix products at Wan shapes
+    attention_tflops: float | None = None  # 16-bit self-attention, the kernel that attention=auto takes
+    elementwise_gb_s: float | None = None  # norms, RoPE and gates, bytes as planning/time.py counts them
+    p2p_gb_s: float | None = None  # one copy between two devices
+    p2p_latency_us: float | None = None  # of a small one
+    launch_us: float | None = None  # a kernel launch
+    context_gib: float | None = None  # CUDA context: memory in use that torch does not count
 
 
 @dataclass
@@ -69,6 +81,7 @@ class HardwareConfig:
     device_type: str = "auto"  # auto (cuda where there is one), cuda, cpu
     num_devices: int | None = None  # None: as many as are found; on CPU the number of logical devices
     device: DeviceProfile | None = None  # None: looked up by the found device's name
+    enforce_memory: bool = False  # let each GPU use no more than device.memory_gib, to try a smaller card on this one
 
 
 @dataclass
@@ -149,6 +162,10 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    task: str = "run"  # run, plan: print what every layout would need, and run nothing
+    objective: str = "latency"  # latency, throughput, memory: what the planner ranks layouts by
+    plan_json: bool = False  # task=plan prints JSON instead of a table
+    force: bool = False  # run although the plan says that it cannot fit
     checkpoint: str | None = None  # a safetensors file, index or folder; None: random weights
     gpus: list[int] | None = None  # torch device indices; None: one for mode none, all for the others
     attention: str = "auto"  # auto, sdpa_flash, sdpa_cudnn, sdpa_efficient, sdpa_math
@@ -236,7 +253,9 @@ def _check(config: RunConfig) -> None:
     """Raise UserError for the first value that makes no sense; spread guidance scales over the experts."""
     model, video, workload, hardware = config.model, config.video, config.workload, config.hardware
     for key, found, valid in (
-        ("parallelism.mode", config.parallelism.mode, MODES),
+        ("task", config.task, TASKS),
+        ("objective", config.objective, OBJECTIVES),
+        ("parallelism.mode", config.parallelism.mode, (*MODES, AUTO_MODE)),
         ("parallelism.block_placement", config.parallelism.block_placement, PLACEMENTS),
         ("workload.name", workload.name, WORKLOADS),
         ("precision.dtype", config.precision.dtype, DTYPES),
@@ -277,13 +296,19 @@ def _check(config: RunConfig) -> None:
         device = hardware.device
         above_zero += [
             ("hardware.device.memory_gib", device.memory_gib),
-            ("hardware.device.bf16_tflops", device.bf16_tflops),
-            ("hardware.device.memory_bandwidth_gb_s", device.memory_bandwidth_gb_s),
-            ("hardware.device.link_gb_s", device.link_gb_s),
-            ("hardware.device.host_link_gb_s", device.host_link_gb_s),
+            *(
+                (f"hardware.device.{item.name}", getattr(device, item.name))
+                for item in fields(device)
+                if isinstance(getattr(device, item.name), float) and item.name != "memory_gib"
+            ),
         ]
         if device.link is not None and device.link not in LINKS:
             raise UserError(unknown_choice_message("hardware.device.link", device.link, LINKS))
+    if hardware.enforce_memory and (hardware.device is None or hardware.device.memory_gib is None):
+        raise UserError(
+            f"hardware.enforce_memory is true and hardware={hardware.name} has no memory_gib; choose a named "
+            "machine such as hardware=4x_rtx3080"
+        )
     for key, number in above_zero:
         if number is not None and number <= 0:
             raise UserError(f"{key} is {number}; write a number above 0")

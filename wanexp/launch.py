@@ -3,6 +3,7 @@
 The processes are started and ended by torch's elastic agent. They are forked from a server that has torch loaded and
 no CUDA context, so a start costs little and no state leaks from one run into the next. Beside the agent a watcher
 reads the ranks' events: it feeds the progress display, and ends a launch that takes too long or shows no sign of life.
+Workers end with the parent, however it ends (wanexp/worker.py).
 """
 
 import logging
@@ -13,19 +14,22 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from wanexp import worker
-from wanexp.events import Event, EventTail, log_path
+from wanexp.events import Event, EventTail, event_path, log_path
 from wanexp.job import Job
 
 POLL_S = 0.1
+STACKS_S = 0.5  # for the ranks to write their stacks before they are killed
+LAST_RESORT_S = 5.0  # after which a launch that was given up is ended by a signal to this process
 
 
 @dataclass
@@ -42,11 +46,14 @@ class Launched:
 def launch(job: Job, *, on_event: Callable[[Event], None] = lambda _event: None) -> Launched:
     """Run `job` on its ranks and wait. Never raises for what happens inside the ranks, nor for Ctrl-C."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    multiprocessing.set_forkserver_preload(["wanexp.worker"])
+    multiprocessing.set_forkserver_preload(["wanexp.preload"])
     watcher = Watcher(job, on_event)
+    num_ranks = job.plan.layout.num_ranks
+    for rank in range(num_ranks):  # of an earlier launch in the same folder
+        event_path(job.folder, rank).unlink(missing_ok=True)
+        log_path(job.folder, rank).unlink(missing_ok=True)
     interrupted = ""
     exit_codes: dict[int, int] = {}
-    num_ranks = job.plan.layout.num_ranks
     with quiet_agent(), kept_signal_handlers(), watcher:
         try:
             elastic_launch(launch_config(num_ranks), worker.main)(job)
@@ -74,14 +81,21 @@ def launch_config(num_ranks: int) -> LaunchConfig:
 
 
 def verdict(job: Job, watcher: "Watcher", exit_codes: dict[int, int], interrupted: str) -> Launched:
-    """The outcome: what the user or the watcher ended, else what the rank that failed first says."""
+    """The outcome: what the user or the watcher ended, else what the rank that failed first says.
+
+    exit_codes: of the rank whose end the agent saw first. Where that rank has no error to tell, it is the one that
+    failed: the errors of the others are that they miss it.
+    """
     launched = Launched("finished", reports=watcher.reports, steps=watcher.steps)
     first_error = min(watcher.errors, key=lambda event: event["time"], default=None)
-    if interrupted:
-        launched.outcome, launched.message = "interrupted", f"interrupted by {interrupted}"
-    elif watcher.timeout_message:
+    told = {event["rank"] for event in watcher.errors}
+    if -signal.SIGINT in exit_codes.values():  # Ctrl-C, which reached the ranks before this process
+        interrupted = interrupted or "SIGINT"
+    if watcher.timeout_message:
         launched.outcome, launched.message = "timeout", watcher.timeout_message
-    elif first_error:
+    elif interrupted:
+        launched.outcome, launched.message = "interrupted", f"interrupted by {interrupted}"
+    elif first_error and told.issuperset(exit_codes):
         launched.outcome = first_error["outcome"]
         launched.message = f"rank {first_error['rank']}: {first_error['type']}: {first_error['message']}"
         launched.error = {key: first_error[key] for key in ("rank", "type", "message", "traceback")}
@@ -106,10 +120,10 @@ class Watcher(threading.Thread):
         self.steps: dict[int, list[float]] = {}
         self.errors: list[Event] = []
         self.timeout_message = ""
-        self._pids: dict[int, int] = {}
-        self._last_seen = dict.fromkeys(range(job.plan.layout.num_ranks), time.monotonic())
+        self._start_events: dict[int, Event] = {}
+        self._begin = time.time()
+        self._last_seen = dict.fromkeys(range(job.plan.layout.num_ranks), self._begin)
         self._phase = dict.fromkeys(self._last_seen, "start")
-        self._begin = time.monotonic()
         self._done = threading.Event()
         self._tail = EventTail(job.folder, self._last_seen)
 
@@ -121,11 +135,12 @@ class Watcher(threading.Thread):
         self._done.set()
         self.join()
         self._read()
+        self._signal_ranks(signal.SIGKILL)  # a second Ctrl-C keeps the agent from ending them
 
     def run(self) -> None:
         while not self._done.wait(POLL_S):
             self._read()
-            limits, now = self.job.config.limits, time.monotonic()
+            limits, now = self.job.config.limits, time.time()
             working = [rank for rank in self._last_seen if rank not in self.reports]
             if not working or self.timeout_message:
                 continue
@@ -144,9 +159,9 @@ class Watcher(threading.Thread):
     def _read(self) -> None:
         for event in self._tail.poll():
             rank, kind = event["rank"], event["kind"]
-            self._last_seen[rank] = time.monotonic()
+            self._last_seen[rank] = event["time"]
             if kind == "start":
-                self._pids[rank] = event["pid"]
+                self._start_events[rank] = event
             elif kind == "progress":
                 self._phase[rank] = event["phase"]
             elif kind == "step":
@@ -160,13 +175,18 @@ class Watcher(threading.Thread):
     def _give_up(self, message: str) -> None:
         """Have every rank print its stacks to its log, then kill it; the agent sees that and ends the launch."""
         self.timeout_message = message
-        for signal_number, pause in ((signal.SIGUSR1, 0.5), (signal.SIGKILL, 0.0)):
-            for pid in self._pids.values():
-                try:
-                    os.kill(pid, signal_number)
-                except ProcessLookupError:
-                    continue
-            time.sleep(pause)
+        self._signal_ranks(signal.SIGUSR1)
+        time.sleep(STACKS_S)
+        self._signal_ranks(signal.SIGKILL)
+        has_handler = callable(signal.getsignal(signal.SIGTERM))
+        if not self._done.wait(LAST_RESORT_S) and has_handler:  # ranks that never started have no process id here
+            os.kill(os.getpid(), signal.SIGTERM)  # the agent's handler
+
+    def _signal_ranks(self, number: signal.Signals) -> None:
+        for start in self._start_events.values():
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if psutil.Process(start["pid"]).create_time() <= start["time"]:  # else the id has a new owner
+                    os.kill(start["pid"], number)
 
 
 @contextmanager

@@ -214,7 +214,7 @@ class RankRun:
             "window": [begin, time.time()],
             "step_s": self.stopwatch.step_s,
             "forward_s": self.stopwatch.forward_s,
-            "forwards_per_step": workload.forwards_per_step,
+            "forwards_per_step": len(self.stopwatch.forward_s) / total,  # an expert may run without guidance
             "seam_bytes_per_forward": sum(s.num_bytes for s in seams) / len(self.stopwatch.forward_s),
             "losses": workload.losses if isinstance(workload, Train) else [],
             "memory": read_peaks(self.owned, self.devices, owned),

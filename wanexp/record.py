@@ -5,6 +5,7 @@ imported again at any time.
 """
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,12 +63,20 @@ class Record:
         return {"finished": 0, "skipped": 0, "interrupted": 130}.get(self.outcome, 1)
 
     def write(self, folder: Path) -> Path:
-        """Write `record.json` into `folder`, whole or not at all."""
+        """Write `record.json` into `folder`, whole or not at all; NaN and infinity, which JSON lacks, as null."""
         path = folder / FILE_NAME
         draft = path.with_suffix(".json.partial")
-        draft.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        draft.write_text(json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n")
         os.replace(draft, path)
         return path
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_record(path: Path) -> Record:

@@ -4,9 +4,9 @@ This is the parent process. It never creates a CUDA context, so nothing that hap
 """
 
 import dataclasses
+import math
 import os
 import secrets
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -46,7 +46,7 @@ def run(
         name=f"{config.parallelism.mode} {config.model.name}",
         started=_now(),
         requested=to_dict(config),
-        command=["python", "-m", "wanexp", *sys.argv[1:]],
+        command=["python", "-m", "wanexp", *overrides],
         overrides=list(overrides),
         sweep_id=sweep.sweep_id if sweep else None,
     )
@@ -130,6 +130,7 @@ def execute(config: RunConfig, prepared: Prepared, record: Record, folder: Path,
                 record.metrics["energy/joules_per_step"] = metrics["energy/joules"] / config.workload.num_steps
         if launched.outcome == "finished" and "parity_blocks" in launched.reports[0]:
             compare_with_reference(record, job, launched.reports[0]["parity_blocks"], progress)
+    leave_out_what_is_not_finite(record)
     record.artifacts = sorted(str(path.relative_to(folder)) for path in folder.glob("profile/*"))
 
 
@@ -155,7 +156,7 @@ def take_results(record: Record, config: RunConfig, prepared: Prepared, launched
     record.outcome, record.message, record.error = launched.outcome, launched.message, launched.error
     steps = step_seconds(launched.steps) if len(launched.steps) == plan.layout.num_ranks else []
     record.metrics = {
-        "setup/num_gpus": float(len(plan.devices)),
+        "setup/num_gpus": float(plan.num_gpus),
         "setup/batch_size": float(plan.batch_size),
         **latency_metrics(config, plan, steps),
     }
@@ -211,6 +212,14 @@ def compare_with_reference(record: Record, job: Job, num_blocks: int, progress: 
     (job.run_folder / "parity.safetensors").unlink(missing_ok=True)
 
 
+def leave_out_what_is_not_finite(record: Record) -> None:
+    """A loss or an error of NaN or infinity is no metric; it is said in words."""
+    for name, value in sorted(record.metrics.items()):
+        if not math.isfinite(value):
+            del record.metrics[name]
+            record.warnings.append(f"{name} is {value}, and left out of the metrics")
+
+
 def plan_summary(plan: Plan) -> dict[str, Any]:
     """The plan as it goes into the record."""
     return {
@@ -231,7 +240,7 @@ def effective_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "residual": "float32" if config.precision.residual_fp32 else config.precision.dtype,
         "device_type": plan.device_type,
         "devices": [{"label": device.label, **dataclasses.asdict(device)} for device in plan.devices],
-        "num_gpus": len(plan.devices),
+        "num_gpus": plan.num_gpus,
         "batch_size": plan.batch_size,
         "weights": "random" if config.checkpoint is None else config.checkpoint,
     }

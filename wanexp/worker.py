@@ -1,10 +1,12 @@
 """A worker process: one rank, from its start to its last event. Knows nothing of Hydra and MLflow."""
 
-import ctypes
 import faulthandler
+import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ from wanexp.job import Job
 from wanexp.planning.plan import Plan
 from wanexp.rank_run import RankRun
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+LAST_WORDS_S = 1.0  # between a rank's error and its end
 
 
 def main(job: Job) -> None:
@@ -29,14 +31,18 @@ def main(job: Job) -> None:
     rank = int(os.environ["RANK"])
     job.folder.mkdir(parents=True, exist_ok=True)
     _write_output_to(log_path(job.folder, rank))
-    _leave_signals_to_the_parent()
+    _end_at_once_on_signals()
+    _end_with_the_parent()
     events = EventLog(job.folder, rank)
     events.emit("start", pid=os.getpid(), host=os.uname().nodename)
     try:
         events.emit("report", report=run_rank(job, rank, events))
     except Exception as error:
         traceback.print_exc()
+        sys.stdout.flush()
         events.emit("error", **describe_error(error))
+        if dist.is_initialized():  # this may be the echo of a rank that was killed: let the agent see that one first
+            time.sleep(LAST_WORDS_S)
         os._exit(1)  # no clean-up: a collective of the others may never end, and the parent already knows
 
 
@@ -46,7 +52,7 @@ def run_rank(job: Job, rank: int, events: EventLog) -> dict[str, Any]:
     devices = [torch_device(device) for device in owned]
     torch.set_num_threads(job.num_threads)
     events.progress("set-up", 0, 1)
-    with process_group(job.plan, devices[0], timeout_s=job.config.limits.stall_s):
+    with process_group(job.plan, devices[0], timeout_s=job.config.limits.run_s):
         return RankRun(job, rank, owned, devices, events).run()
 
 
@@ -56,7 +62,10 @@ def torch_device(device: Device) -> torch.device:
 
 @contextmanager
 def process_group(plan: Plan, device: torch.device, *, timeout_s: float) -> Iterator[None]:
-    """The default process group, where the layout has several ranks or the mode is torch's own."""
+    """The default process group, where the layout has several ranks or the mode is torch's own.
+
+    timeout_s: of a collective; long, as the parent's watcher ends ranks that stall and knows which one it was.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if plan.layout.num_ranks == 1 and plan.mode != "distributed":
@@ -73,7 +82,9 @@ def process_group(plan: Plan, device: torch.device, *, timeout_s: float) -> Iter
 
 def describe_error(error: BaseException) -> dict[str, Any]:
     """Type, message, traceback and outcome of an exception."""
-    is_oom = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    is_oom = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
     return {
         "outcome": "oom" if is_oom else "failed",
         "type": type(error).__name__,
@@ -91,9 +102,23 @@ def _write_output_to(path: Path) -> None:
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
 
 
-def _leave_signals_to_the_parent() -> None:
-    """Ctrl-C reaches the whole process group, but ending it is the parent's business; and workers die with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _end_at_once_on_signals() -> None:
+    """The agent passes on the signal that it got, and Ctrl-C reaches the whole process group: no traceback for that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_with_the_parent() -> None:
+    """Kill this process once the parent is gone, SIGKILL included.
+
+    Not by prctl's death signal: the parent of that is the fork server, which lives as long as its children do.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="wanexp-parent", daemon=True).start()

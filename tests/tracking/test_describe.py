@@ -54,6 +54,10 @@ def test_tags() -> None:
     assert tags["sweep_id"] == "modes"
     assert tags["mlflow.source.git.commit"] == "c1e0063"
     assert describe.tags_of(on_cpu())["num_gpus"] == "0"
+    record = on_cpu()
+    record.metrics["setup/num_gpus"] = 2.0  # MLflow never contradicts the record
+    assert describe.tags_of(record)["num_gpus"] == "2"
+    assert describe.metrics_of(record)["setup/num_gpus"] == 2
 
 
 def test_params_are_flat_cut_and_without_password() -> None:

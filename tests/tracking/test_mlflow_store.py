@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.tracking.conftest import free_port
 from tests.tracking.records import make_record, write_run
@@ -287,6 +288,8 @@ def test_a_lone_record_gets_its_files(sqlite_uri: str, working_folder: Path) -> 
     assert artifacts_of(client, run.info.run_id) == {"record.json", "config.yaml"}
     local = client.download_artifacts(run.info.run_id, "record.json", str(working_folder))
     assert json.loads(Path(local).read_text())["run_id"] == make_record().run_id
+    config = client.download_artifacts(run.info.run_id, "config.yaml", str(working_folder))
+    assert yaml.safe_load(Path(config).read_text()) == make_record().requested
 
 
 class Without(MetaPathFinder):
@@ -300,13 +303,14 @@ class Without(MetaPathFinder):
             raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
 
-def test_without_mlflow(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "mlflow"]:
+@pytest.mark.parametrize("package", ["mlflow", "sqlalchemy"])
+def test_without_mlflow(package: str, working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [Without("mlflow"), *sys.meta_path])
+    monkeypatch.setattr(sys, "meta_path", [Without(package), *sys.meta_path])
     tracked = track(make_record(), working_folder / "run", TrackingConfig())
     assert (tracked.state, tracked.run_url) == ("failed", None)
-    assert "mlflow is not installed; pip install mlflow" in tracked.lines[0]
+    assert f"{package} is not installed; pip install mlflow" in tracked.lines[0]
     assert tracked.lines[1].endswith("import_records.py run")
 
 

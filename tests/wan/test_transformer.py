@@ -7,7 +7,8 @@ from torch.utils._pytree import tree_map
 
 from wanexp.errors import UserError
 from wanexp.wan.architecture import WanArchitecture
-from wanexp.wan.transformer import RMSNorm, WanTransformer, first_blocks, gated_add, sinusoid
+from wanexp.wan.block import RMSNorm, gated_add
+from wanexp.wan.transformer import WanTransformer, first_blocks, sinusoid
 
 SIZES = {"ffn_dim": 96, "num_layers": 2, "text_dim": 24, "clip_dim": 20, "freq_dim": 32}
 VARIANTS = {

@@ -1,5 +1,6 @@
 """The plan of one run: which rank owns which devices, samples and blocks. Pure: no torch, no file, no device."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,11 @@ class Plan:
     @property
     def device_type(self) -> str:
         return self.devices[0].type
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of the run; 0 on logical CPU devices."""
+        return len(self.devices) if self.device_type == "cuda" else 0
 
     def must_be_bit_equal(self, workload: str) -> bool:
         """Whether the answer must equal mode none's to the bit: the same kernels on the same local batch."""
@@ -98,10 +104,12 @@ def _weight_bytes(
 ) -> tuple[int, ...]:
     """Bytes of weights on each device: its blocks; embeddings with the first block, the head with the last."""
     architecture = config.model.architecture
-    shapes = architecture.outer_shapes()
-    head = sum(_volume(shape) for name, shape in shapes.items() if name.startswith("head."))
+    head = sum(
+        math.prod(shape) for name, shape in architecture.outer_shapes().items() if name.startswith("head.")
+    )
     embeddings = architecture.num_outer_parameters() - head
-    element = DTYPE_BYTES[config.precision.dtype] * config.model.num_experts
+    training = config.workload.name == "train"  # fp32 master weights
+    element = DTYPE_BYTES["float32" if training else config.precision.dtype] * config.model.num_experts
     weights = [0] * num_devices
     for rank in ranks:
         for owner in block_owner:
@@ -111,11 +119,10 @@ def _weight_bytes(
     return tuple(weights)
 
 
-def _volume(shape: Sequence[int]) -> int:
-    volume = 1
-    for size in shape:
-        volume *= size
-    return volume
+def forwards_per_step(config: RunConfig) -> int:
+    """Two under classifier-free guidance (a scale above 1), else one; training has one."""
+    scales = config.workload.guidance_scale or config.model.guidance_scale
+    return 2 if config.workload.name == "denoise" and max(scales) > 1 else 1
 
 
 def reference_plan(plan: Plan, num_blocks: int) -> Plan:
@@ -127,5 +134,5 @@ def reference_plan(plan: Plan, num_blocks: int) -> Plan:
         ranks=(RankPlan(0, (0,), 0, plan.batch_size),),
         batch_size=plan.batch_size,
         block_owner=(0,) * num_blocks,
-        weight_bytes=(sum(plan.weight_bytes),),
+        weight_bytes=(sum(plan.weight_bytes[position] for position in plan.ranks[0].devices),),
     )

@@ -158,7 +158,10 @@ def num_devices(record: Record) -> int | None:
 
 
 def num_gpus(record: Record) -> int | None:
-    """The same for GPUs only: 0 for logical CPU devices."""
+    """What the record says; where it says nothing, 0 for logical CPU devices, else the number of devices."""
+    said = record.metrics.get("setup/num_gpus")
+    if said is not None and _is_finite(said):
+        return round(said)
     return 0 if record.effective.get("device_type") == "cpu" else num_devices(record)
 
 

@@ -18,6 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from wanexp.config import TrackingConfig
 from wanexp.errors import UserError
 from wanexp.record import FILE_NAME, Record
@@ -95,6 +97,9 @@ def _track(record: Record, folder: Path, tracking: TrackingConfig, uri: str) -> 
         raise UserError(f"the server {shown} does not answer ({problem})")
     client_class = _import_client()
     database = sqlite_path(uri)
+    if database:
+        import alembic  # noqa: F401  (mlflow-skinny comes without them, and its own message misleads)
+        import sqlalchemy  # noqa: F401
     with _locked(database) if database else nullcontext():
         client = client_class(tracking_uri=uri)
         experiment_id = _experiment(client, tracking.experiment, database)
@@ -158,12 +163,14 @@ def _log_files(client: "MlflowClient", run_id: str, record: Record, folder: Path
         draft = Path(temporary)
         for name, content, source in (
             (FILE_NAME, record.__dict__, folder / FILE_NAME),
-            ("config.yaml", record.requested, folder / ".hydra" / "config.yaml"),  # JSON is YAML
+            ("config.yaml", record.requested, folder / ".hydra" / "config.yaml"),
         ):
             if source.is_file():
                 (draft / name).write_bytes(source.read_bytes())
             else:
-                (draft / name).write_text(json.dumps(content, indent=1) + "\n")
+                as_json = name.endswith(".json")
+                text = json.dumps(content, indent=1) if as_json else yaml.safe_dump(content, sort_keys=False)
+                (draft / name).write_text(text)
             client.log_artifact(run_id, str(draft / name))
     files, lines = artifact_files(record, folder)
     for relative in files:

@@ -68,7 +68,7 @@ def serve(uri: str, experiment: str, port: int | None, *, open_browser: bool) ->
         raise UserError(
             f"there is no MLflow store at {database} yet; run python -m wanexp first, or add --uri"
         )
-    for module, package in (("mlflow", "mlflow"), ("fastapi", "mlflow (mlflow-skinny has no UI)")):
+    for module, package in (("mlflow", "mlflow"), ("flask", "the whole of mlflow (mlflow-skinny has no UI)")):
         if importlib.util.find_spec(module) is None:
             raise UserError(f"the UI needs {package}; pip install mlflow")
     port = free_port(port)

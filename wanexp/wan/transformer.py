@@ -1,13 +1,12 @@
 """The Wan video diffusion transformer, every published size and variant, under the checkpoints' own names.
 
-Nothing here knows of several devices. What spreads the model relies on four promises: every tensor a block or
-the head needs is a positional argument of its call (a tensor or a tuple of tensors); the blocks may leave
-hidden_states on another device; `attend` of each attention module may be replaced; no argument is changed in
-place.
+Nothing here knows of several devices. What spreads the model relies on the promises of `block.py`, which the head
+keeps too, and on one more: the blocks may leave hidden_states on another device.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -16,176 +15,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wanexp.errors import UserError
-from wanexp.wan.architecture import NORM_EPS, PATCH_SIZE, WanArchitecture
-from wanexp.wan.attention import AttentionFunction, attention_function
-from wanexp.wan.rope import Rope, RopeCache, apply_rope
+from wanexp.wan.architecture import PATCH_SIZE, WanArchitecture
+from wanexp.wan.attention import attention_function
+from wanexp.wan.block import (
+    Attention,
+    Fp32LayerNorm,
+    Fp32Linear,
+    WanBlock,
+    modulated_norm,
+)
+from wanexp.wan.rope import Rope, RopeCache
 
 IMAGE_NORM_EPS = 1e-5  # the norms of img_emb keep PyTorch's default, unlike all others
-
-
-class Fp32Linear(nn.Linear):
-    """A linear layer computed in fp32 whatever its weights are stored in; any float in, fp32 out."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self.weight.float(), self.bias.float())
-
-
-class Fp32LayerNorm(nn.LayerNorm):
-    """A LayerNorm with affine weights computed in fp32 and rounded once to the dtype of its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
-        return out.to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis: normed in fp32, then cast, then times weight."""
-
-    def __init__(self, dim: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # rms_norm accumulates 16-bit inputs in fp32 and rounds at its end: no fp32 copy of x is needed.
-        return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS) * self.weight.to(x.dtype)
-
-
-def at_tokens(vectors: Tensor, timestep_index: Tensor | None) -> Tensor:
-    """What each token gets of one modulation vector per timestep, to broadcast over [batch, tokens, dim].
-
-    Without an index `vectors` is [batch, dim] and the result a view [batch, 1, dim]. With an index
-    [batch, tokens] `vectors` is a table [distinct timesteps, dim] and the result [batch, tokens, dim].
-    """
-    return vectors.unsqueeze(1) if timestep_index is None else F.embedding(timestep_index, vectors)
-
-
-def modulated_norm(
-    x: Tensor, shift: Tensor, scale: Tensor, timestep_index: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift in fp32 [batch, tokens, dim], rounded once to `dtype`."""
-    out = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
-    out = out * at_tokens(1 + scale, timestep_index)  # two statements: one gathered vector alive at a time
-    return (out + at_tokens(shift, timestep_index)).to(dtype)
-
-
-def gated_add(x: Tensor, update: Tensor, gate: Tensor, timestep_index: Tensor | None) -> Tensor:
-    """x + gate * update in fp32 (the fp32 gate promotes all three), rounded once to the dtype of `x`."""
-    return torch.addcmul(x, update, at_tokens(gate, timestep_index)).to(x.dtype)
-
-
-class Attention(nn.Module):
-    """The projections and norms that self-attention and cross-attention share.
-
-    `attend(q, k, v)` is the kernel on [batch, tokens, heads, head_dim]; parallel modes replace or wrap it.
-    Heads are split by head_dim, so q, k and v may hold a part of the heads only.
-    """
-
-    attend: AttentionFunction
-
-    def __init__(self, architecture: WanArchitecture, dtype: torch.dtype) -> None:
-        super().__init__()
-        dim = architecture.dim
-        self.head_dim = architecture.head_dim
-        self.q = nn.Linear(dim, dim, dtype=dtype)
-        self.k = nn.Linear(dim, dim, dtype=dtype)
-        self.v = nn.Linear(dim, dim, dtype=dtype)
-        self.o = nn.Linear(dim, dim, dtype=dtype)
-        self.norm_q = RMSNorm(dim, dtype)
-        self.norm_k = RMSNorm(dim, dtype)
-        self.attend = attention_function("auto")
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """[batch, tokens, dim] -> [batch, tokens, heads, head_dim]"""
-        return x.unflatten(-1, (-1, self.head_dim))
-
-
-class SelfAttention(Attention):
-    """Attention of the video tokens among themselves, with RoPE."""
-
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        """`x` [batch, tokens, dim] -> the same shape and dtype; `rope` as of `rope_tables`."""
-        q = apply_rope(self.split_heads(self.norm_q(self.q(x))), rope)
-        k = apply_rope(self.split_heads(self.norm_k(self.k(x))), rope)
-        v = self.split_heads(self.v(x))
-        return self.o(self.attend(q, k, v).flatten(2))
-
-
-class CrossAttention(Attention):
-    """Attention of the video tokens to the text and, with `clip_tokens`, to the image tokens before it."""
-
-    def __init__(self, architecture: WanArchitecture, dtype: torch.dtype) -> None:
-        super().__init__(architecture, dtype)
-        self.clip_tokens = architecture.clip_tokens
-        if self.clip_tokens:
-            dim = architecture.dim
-            self.k_img = nn.Linear(dim, dim, dtype=dtype)
-            self.v_img = nn.Linear(dim, dim, dtype=dtype)
-            self.norm_k_img = RMSNorm(dim, dtype)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """`x` [batch, tokens, dim], `context` [batch, clip_tokens + text_len, dim] -> shape and dtype of `x`.
-
-        The same q attends to image and text apart; the two results are added before the output projection.
-        """
-        image, text = context[:, : self.clip_tokens], context[:, self.clip_tokens :]
-        q = self.split_heads(self.norm_q(self.q(x)))
-        k = self.split_heads(self.norm_k(self.k(text)))
-        out = self.attend(q, k, self.split_heads(self.v(text)))
-        if self.clip_tokens:
-            k = self.split_heads(self.norm_k_img(self.k_img(image)))
-            out = out + self.attend(q, k, self.split_heads(self.v_img(image)))
-        return self.o(out.flatten(2))
-
-
-class WanBlock(nn.Module):
-    """Self-attention, cross-attention and FFN around one residual stream. Time gates the first and last."""
-
-    def __init__(
-        self, architecture: WanArchitecture, dtype: torch.dtype, residual: torch.dtype | None
-    ) -> None:
-        super().__init__()
-        dim, ffn_dim = architecture.dim, architecture.ffn_dim
-        self.residual = residual
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim, dtype=dtype) / dim**0.5)
-        self.self_attn = SelfAttention(architecture, dtype)
-        self.cross_attn = CrossAttention(architecture, dtype)
-        self.norm3 = Fp32LayerNorm(dim, eps=NORM_EPS, dtype=dtype)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, ffn_dim, dtype=dtype),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(ffn_dim, dim, dtype=dtype),
-        )
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        modulation: Tensor,
-        context: Tensor,
-        rope: Rope,
-        timestep_index: Tensor | None = None,
-    ) -> Tensor:
-        """One block; gives the new hidden states and leaves the given ones as they are.
-
-        Args:
-            hidden_states: [batch, tokens, dim], the residual stream.
-            modulation: fp32 [batch, 6, dim]; with `timestep_index` a table [distinct timesteps, 6, dim]. The
-                block adds its own and reads shift, scale, gate of self-attention, then of the FFN.
-            context: [batch, clip_tokens + text_len, dim].
-            rope: cos and sin, each fp32 [tokens, head_dim / 2].
-            timestep_index: [batch, tokens], the row of the table for each token, or None.
-        """
-        # A norm's dtype and not a linear layer's, which quantisation may store in 8 bits.
-        dtype = self.self_attn.norm_q.weight.dtype
-        x = hidden_states.to(self.residual or dtype)
-        context = context.to(dtype)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)
-
-        normed = modulated_norm(x, shift1, scale1, timestep_index, dtype)
-        x = gated_add(x, self.self_attn(normed, rope), gate1, timestep_index)
-        normed = self.norm3(x).to(dtype)
-        x = x + self.cross_attn(normed, context)
-        normed = modulated_norm(x, shift2, scale2, timestep_index, dtype)
-        return gated_add(x, self.ffn(normed), gate2, timestep_index)
 
 
 class Head(nn.Module):
@@ -248,6 +89,16 @@ class ImageEmbedding(nn.Module):
         return self.proj(clip_features)
 
 
+@dataclass
+class Pending:
+    """A forward on its way through the blocks. `inputs` is what every block gets after the hidden states."""
+
+    hidden_states: Tensor
+    inputs: tuple[Tensor, Tensor, Rope, Tensor | None]  # modulation, context, rope, timestep_index
+    time_vector: Tensor
+    grid: tuple[int, int, int]
+
+
 class WanTransformer(nn.Module):
     """Predicts the flow (velocity) of a noisy video latent. `state_dict` has the checkpoints' native names.
 
@@ -296,7 +147,7 @@ class WanTransformer(nn.Module):
         )
         self.head = Head(architecture, dtype)
         self._rope = RopeCache(architecture.head_dim)
-        self._num_blocks_run = architecture.num_layers  # fewer inside first_blocks()
+        self.num_blocks_run = architecture.num_layers  # fewer inside first_blocks()
 
     def set_attention(self, kernel_name: str) -> None:
         """Use this kernel in every attention; names as of `attention_function`. Raises UserError for others.
@@ -384,6 +235,21 @@ class WanTransformer(nn.Module):
         Raises:
             UserError: an input that is missing, not wanted or of a wrong shape.
         """
+        pending = self.begin(latent, timestep, text, image_latent, clip_features, context=context)
+        self.run_blocks(pending, 0, self.num_blocks_run)
+        return self.finish(pending)
+
+    def begin(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        text: Tensor | None = None,
+        image_latent: Tensor | None = None,
+        clip_features: Tensor | None = None,
+        *,
+        context: Tensor | None = None,
+    ) -> Pending:
+        """The part of `forward` before the blocks; arguments and errors are the same."""
         grid = self._check_latent(latent, image_latent)
         self._check_timestep(timestep, latent.shape[0], grid)
         if context is None:
@@ -400,17 +266,28 @@ class WanTransformer(nn.Module):
         hidden_states = self.patch_embedding(latent.to(device))
         time_vector, modulation, timestep_index = self.embed_time(timestep)
         inputs = (modulation, context.to(device), self._rope(grid, device), timestep_index)
+        return Pending(hidden_states, inputs, time_vector, grid)
+
+    def run_blocks(self, pending: Pending, start: int, stop: int) -> None:
+        """Take `pending` through the blocks `start` to `stop` - 1."""
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block in islice(self.blocks, self._num_blocks_run):
+        for block in islice(self.blocks, start, stop):
             if recompute:
                 # There is no randomness in a block, so no state of it to put back.
-                hidden_states = checkpoint(
-                    block, hidden_states, *inputs, use_reentrant=False, preserve_rng_state=False
+                pending.hidden_states = checkpoint(
+                    block,
+                    pending.hidden_states,
+                    *pending.inputs,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             else:
-                hidden_states = block(hidden_states, *inputs)
-        patches = self.head(hidden_states, time_vector, timestep_index)
-        return unpatchify(patches, grid, self.architecture.out_channels)
+                pending.hidden_states = block(pending.hidden_states, *pending.inputs)
+
+    def finish(self, pending: Pending) -> Tensor:
+        """The part of `forward` after the blocks."""
+        patches = self.head(pending.hidden_states, pending.time_vector, pending.inputs[-1])
+        return unpatchify(patches, pending.grid, self.architecture.out_channels)
 
     def _check_latent(self, latent: Tensor, image_latent: Tensor | None) -> tuple[int, int, int]:
         arch = self.architecture
@@ -473,9 +350,9 @@ def first_blocks(model: WanTransformer, k: int) -> Iterator[WanTransformer]:
     """Inside, `model` runs its first `k` blocks and the head. Raises UserError unless 1 <= k <= all."""
     if not 1 <= k <= len(model.blocks):
         raise UserError(f"the model has {len(model.blocks)} blocks: choose from 1 to all of them; found {k}")
-    before = model._num_blocks_run
-    model._num_blocks_run = k
+    before = model.num_blocks_run
+    model.num_blocks_run = k
     try:
         yield model
     finally:
-        model._num_blocks_run = before
+        model.num_blocks_run = before

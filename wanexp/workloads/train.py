@@ -1,6 +1,6 @@
 """The train workload: flow-matching training steps with fp32 master weights, reduced-precision compute and AdamW.
 
-    x_t = (1 - sigma) * data + sigma * noise,   target = noise - data,   loss = mean((model(x_t, 1000 sigma) - target)^2)
+    x_t = (1 - sigma) * data + sigma * noise,  target = noise - data,  loss = mean((model(x_t, 1000 sigma) - target)^2)
 
 Each step uses the same drawn data and noise with a new sigma, so that losses of different layouts can be compared.
 """

@@ -1,0 +1,91 @@
+"""Counts the bytes of live tensors on the CPU while real code runs: the yardstick of the memory model.
+
+Every storage that an operator returns is counted from then until it dies. What an operator allocates and frees inside
+itself is not seen; `F.rms_norm`, one kernel on GPUs but several operators on the CPU, is made to look like one.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside `with`: `live` and `peak` in bytes of what was made inside and still lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+        self._is_paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {
+            id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        if not self._is_paused:
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor) and id(leaf.untyped_storage()) not in known:
+                    self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, num_bytes = id(storage), storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += num_bytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._remove, key, num_bytes)
+
+    def _remove(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self.live -= num_bytes
+
+    def __enter__(self) -> "LiveBytes":
+        self._rms_norm = F.rms_norm
+        F.rms_norm = self._one_rms_norm
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        F.rms_norm = self._rms_norm
+        super().__exit__(*exception)
+
+    def _one_rms_norm(self, x: torch.Tensor, shape: Any, *, eps: float) -> torch.Tensor:
+        return _RmsNorm.apply(x, shape, eps, self)
+
+    def unseen(self, function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Call `function`; only its result is counted."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self._is_paused = before
+        self._add(result.untyped_storage())
+        return result
+
+
+class _RmsNorm(torch.autograd.Function):
+    """As the CUDA kernel: keeps its input, and nothing of its insides is seen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, shape: Any, eps: float, tracker: LiveBytes) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.arguments = shape, eps, tracker
+        return tracker.unseen(tracker._rms_norm, x, shape, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        (x,), (shape, eps, tracker) = ctx.saved_tensors, ctx.arguments
+
+        def of_input() -> torch.Tensor:
+            leaf = x.detach().requires_grad_()
+            with torch.enable_grad():
+                return torch.autograd.grad(tracker._rms_norm(leaf, shape, eps=eps), leaf, gradient)[0]
+
+        return tracker.unseen(of_input), None, None, None

@@ -1,0 +1,280 @@
+"""Predicted peak memory of each device of a plan: weights, activations, workspace and context, in bytes.
+
+Pure. Weights are exact, from the architecture; activations follow `activations.py`. Training is a formula of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from wanexp.config import RunConfig
+from wanexp.hardware.devices import Device
+from wanexp.planning import activations
+from wanexp.planning.activations import Sizes
+from wanexp.planning.heap import MIB, Heap, reserved_bytes
+from wanexp.planning.plan import DTYPE_BYTES, Plan, RankPlan, forwards_per_step
+from wanexp.workloads.sizes import latent_shape
+
+GIB = 1024**3
+
+# CUDA context with the modules of torch, cuBLAS and cuDNN loaded: NVML used less torch reserved, measured on H200 0.82
+CONTEXT_BYTES = int(0.82 * GIB)
+# NCCL's channels and buffers, outside torch, where a process group is used. Not measured yet: calibrate.py reports it.
+NCCL_BYTES = int(0.4 * GIB)
+# cuBLAS and cuBLASLt keep a workspace each: 32 MiB on Hopper (torch docs, CUBLAS_WORKSPACE_CONFIG), 8.1 MiB before
+WORKSPACE_BYTES = {True: 2 * 32 * MIB, False: 2 * 8320 * 1024}
+# Pages that live tensors share with holes when free pages are unmapped under a limit (expandable segments)
+PAGE_SLACK = 64 * MIB
+STEADY_BLOCKS = 3  # the allocator's pattern repeats from the second block on
+# Reserved over live bytes in training: a stated guess, its allocations are not traced
+TRAIN_FRAGMENTATION = 1.1
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Peak bytes on one device.
+
+    weights: parameters; in training fp32 masters. states: gradients, optimiser state and DDP buckets (training).
+    activations: all other tensors at the worst moment. workspace: cuBLAS's. context: CUDA's and NCCL's, outside torch.
+    reserved: what torch's allocator takes when nothing limits it, all but `context` included.
+    """
+
+    weights: int
+    states: int
+    activations: int
+    workspace: int
+    context: int
+    reserved: int
+
+    @property
+    def allocated(self) -> int:
+        """What `torch.cuda.max_memory_allocated` will say."""
+        return self.weights + self.states + self.activations + self.workspace
+
+    @property
+    def needed(self) -> int:
+        """The free memory without which it fails: live tensors, the pages they hold partly, and the context."""
+        return self.allocated + (PAGE_SLACK if self.context else 0) + self.context
+
+    def summary(self) -> dict[str, float]:
+        """The breakdown in GiB, for the record."""
+        parts: dict[str, Any] = asdict(self) | {"allocated": self.allocated, "needed": self.needed}
+        return {f"{name}_gib": value / GIB for name, value in parts.items()}
+
+
+def predict_memory(
+    config: RunConfig, plan: Plan, *, context_bytes: int | None = None
+) -> tuple[DeviceMemory, ...]:
+    """One entry for each of `plan.devices`. context_bytes: measured, else a default; CPU devices have none."""
+    context = context_bytes_of(plan, context_bytes)
+    entries: dict[int, DeviceMemory] = {}
+    known: dict[Any, DeviceMemory] = {}  # ranks with as many samples are alike
+    for rank in plan.ranks:
+        for position, device in enumerate(rank.devices):
+            key = rank.num_samples, position, plan.devices[device].compute_capability
+            if key not in known:
+                known[key] = _predict_device(config, plan, rank, position, context)
+            entries[device] = known[key]
+    return tuple(entries[device] for device in range(len(plan.devices)))
+
+
+def context_bytes_of(plan: Plan, context_bytes: int | None) -> int:
+    """CUDA's context and, where there is a process group, NCCL's buffers; nothing on the CPU."""
+    if plan.device_type == "cpu":
+        return 0
+    uses_nccl = plan.layout.num_ranks > 1 or plan.mode == "distributed"
+    return (CONTEXT_BYTES if context_bytes is None else context_bytes) + (NCCL_BYTES if uses_nccl else 0)
+
+
+def sizes_of(config: RunConfig, batch: int) -> Sizes:
+    """Sizes of the tensors of one forward of `batch` samples."""
+    _, frames, height, width = latent_shape(config.model, config.video)
+    compute = DTYPE_BYTES[config.precision.dtype]
+    wide = config.precision.residual_fp32 or config.workload.name == "train"  # fp32 masters: an fp32 stream
+    return Sizes(
+        config.model.architecture,
+        batch,
+        config.model.architecture.token_grid(frames, height, width),
+        compute=compute,
+        residual=4 if wide else compute,
+        distinct_timesteps=2 if config.model.per_token_timestep else 0,
+    )
+
+
+def _predict_device(
+    config: RunConfig, plan: Plan, rank: RankPlan, position: int, context: int
+) -> DeviceMemory:
+    device: Device = plan.devices[rank.devices[position]]
+    weights = plan.weight_bytes[rank.devices[position]]
+    sizes = sizes_of(config, rank.num_samples)
+    hopper = device.compute_capability is None or device.compute_capability >= (9, 0)
+    workspace = WORKSPACE_BYTES[hopper] if device.type == "cuda" else 0
+    if config.workload.name == "train":
+        return _predict_training(config, plan, sizes, position, weights, workspace, context)
+    heap = denoise_heap(
+        sizes,
+        inputs=_input_bytes(config, rank.num_samples) if position == plan.block_owner[0] else (),
+        num_blocks=sum(owner == position for owner in plan.block_owner),
+        is_last=position == plan.block_owner[-1],
+        num_experts=config.model.num_experts,
+        forwards=forwards_per_step(config),
+        interleaved=_is_interleaved(plan.block_owner),
+        materialises_scores=config.attention == "sdpa_math",
+    )
+    return DeviceMemory(
+        weights=weights,
+        states=0,
+        activations=heap.peak,
+        workspace=workspace,
+        context=context,
+        reserved=weights + workspace + reserved_bytes(heap.events),
+    )
+
+
+def _is_interleaved(block_owner: Sequence[int]) -> bool:
+    changes = sum(a != b for a, b in zip(block_owner, block_owner[1:], strict=False))
+    return changes >= len(set(block_owner))
+
+
+def _input_bytes(config: RunConfig, batch: int) -> tuple[int, ...]:
+    """The samples as `workloads.samples` draws them, fp32, and the latent that is being denoised."""
+    arch = config.model.architecture
+    sizes = sizes_of(config, batch)
+    text = batch * arch.text_len * arch.text_dim * 4
+    parts = [sizes.latent(arch.out_channels)] * 2 + [text, text]
+    parts.append(sizes.latent(arch.in_channels - arch.out_channels))
+    parts.append(batch * arch.clip_tokens * arch.clip_dim * 4)
+    return tuple(parts)
+
+
+def denoise_heap(
+    s: Sizes,
+    *,
+    inputs: Sequence[int],
+    num_blocks: int,
+    is_last: bool,
+    num_experts: int = 1,
+    forwards: int = 2,
+    interleaved: bool = False,
+    materialises_scores: bool = False,
+) -> Heap:
+    """What one device allocates in a denoising step, weights aside.
+
+    inputs: sizes of the samples, where they live; empty on a device that only gets hidden states across a seam.
+    """
+    heap = Heap()
+    is_home = bool(inputs)
+    for size in inputs:
+        heap.new(size)
+    for _ in range(num_experts):
+        for _ in range(forwards):
+            heap.new(s.context)  # with and without the prompt; other devices keep a copy each
+        heap.new(s.rope)
+        heap.new(s.rope)
+    for forward in range(forwards):
+        joined = index = 0
+        if is_home:
+            arch = s.arch
+            if arch.in_channels > arch.out_channels:
+                joined = heap.new(s.latent(arch.in_channels))  # cat of noise and image, kept by forward()
+            index = heap.new(s.timestep_index)
+            hidden, modulation = activations.embed(heap, s)
+        else:
+            hidden, modulation = heap.new(s.stream), heap.new(s.modulation)
+            index = heap.new(s.timestep_index)
+        for number in range(min(num_blocks, STEADY_BLOCKS)):
+            if interleaved and number:  # it went to the next device and came back as a copy
+                heap.free(hidden)
+                hidden = heap.new(s.stream)
+            hidden = activations.block(
+                heap, s, hidden, first=is_home and number == 0, materialises_scores=materialises_scores
+            )
+        if is_last:
+            hidden = activations.head(heap, s, hidden)
+        if is_home:
+            flow = heap.new(s.latent(s.arch.out_channels))
+            if forward == forwards - 1:
+                heap.free(flow)
+        heap.free(hidden, modulation, joined, index)
+    return heap
+
+
+def _predict_training(
+    config: RunConfig, plan: Plan, s: Sizes, position: int, weights: int, workspace: int, context: int
+) -> DeviceMemory:
+    """fp32 masters, gradients, AdamW's two moments, DDP's buckets, activations: the worst of four moments.
+
+    P weights and L blocks on this device:
+        end of the forward    2 P of bf16 weight copies that autocast caches, L checkpoints, one block in flight
+        backward begins       L checkpoints, one block's saved tensors, its gradients in flight
+        backward ends         1 checkpoint, the same, and all gradients
+        optimiser step        all gradients, and sqrt(v) of all weights at once (torch's foreach AdamW on CUDA)
+    With DDP gradients are views of its buckets, which stay.
+    """
+    arch, checkpointing = s.arch, config.workload.activation_checkpointing
+    own_blocks = sum(owner == position for owner in plan.block_owner)
+    num_weights = weights // 4 // config.model.num_experts  # the first expert is trained
+    gradients, moments = 4 * num_weights, 8 * num_weights
+    buckets = gradients if plan.mode == "distributed" else 0
+    fresh = 0 if buckets else gradients  # what a backward pass allocates for them
+    copies = s.compute * num_weights if s.compute < 4 else 0
+    saved, in_flight = training_block_saved(s), training_block_backward(s)
+    is_home = position == plan.block_owner[0]
+    kept = sum(_input_bytes(config, s.batch)[:3]) + 2 * s.rope if is_home else 2 * s.rope
+    kept += s.latent(arch.out_channels) * 2 + s.batch * arch.text_len * (arch.text_dim + 2 * arch.dim) * 4
+    if copies:  # those of the embeddings live until their own backward pass, the last
+        kept += copies - s.compute * own_blocks * arch.num_block_parameters()
+    if checkpointing:
+        forward = copies + (own_blocks - 1) * s.fp32 + training_block_forward(s)
+        begins = own_blocks * s.fp32 + saved + in_flight
+        ends = fresh + s.fp32 + saved + in_flight
+    else:
+        forward = copies + own_blocks * saved
+        begins = own_blocks * saved + in_flight
+        ends = fresh + saved + in_flight
+    on_cuda = plan.device_type == "cuda"
+    step = fresh + (gradients if on_cuda else 0)  # one weight at a time on the CPU
+    worst = max(forward, begins, ends, step)
+    of_gradients = fresh if worst in (ends, step) else 0
+    allocated = weights + moments + buckets + kept + worst + workspace
+    return DeviceMemory(
+        weights=weights,
+        states=moments + buckets + of_gradients,
+        activations=kept + worst - of_gradients,
+        workspace=workspace,
+        context=context,
+        reserved=int(allocated * TRAIN_FRAGMENTATION),
+    )
+
+
+def training_block_saved(s: Sizes) -> int:
+    """Bytes that one block keeps for its backward pass under autocast, its checkpointed input aside.
+
+    fp32 [B, T, dim], 4: out of the first and of the last LayerNorm (for the scale), the stream after self-attention
+    and after cross-attention. In the compute dtype, 14: projected and normed q and k of self-attention and q of
+    cross-attention (6), q k v and out of attention (4), q and out of cross-attention (2), the two gated updates (2).
+    Inputs of the linear layers: autocast casts anew for each of q, k, v, cross q and the FFN (5); fp32 shares them (3).
+    FFN: before and after the GELU. And the block's weights in the compute dtype.
+    """
+    arch, mixed = s.arch, s.compute < 4
+    num_bytes = 4 * s.fp32 + (14 + (5 if mixed else 3)) * s.hidden + 2 * s.inner
+    num_bytes += 4 * s.gathered  # scale and gate at each token, twice
+    if arch.clip_tokens:
+        num_bytes += 2 * s.hidden  # attention to the image, and the sum of both
+    keys = s.batch * (arch.text_len + arch.clip_tokens) * arch.dim * s.compute
+    num_bytes += 4 * keys  # the context cast (k, v), projected, normed
+    return num_bytes + (s.compute * arch.num_block_parameters() if mixed else 0)
+
+
+def training_block_backward(s: Sizes) -> int:
+    """Bytes in flight as a block's backward pass begins: gradients of its output, of the FFN, and of ffn.2's weight."""
+    weight = s.arch.dim * s.arch.ffn_dim
+    mixed = s.compute < 4
+    return s.fp32 + s.inner + 4 * weight + ((s.hidden + s.compute * weight) if mixed else 0)
+
+
+def training_block_forward(s: Sizes) -> int:
+    """The worst moment inside a block of the checkpointed forward pass: inference's, and a cast of its normed input."""
+    heap = Heap()
+    activations.block(heap, s, heap.new(s.stream))
+    return heap.peak + (s.hidden if s.compute < 4 else 0)

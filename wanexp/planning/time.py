@@ -1,0 +1,171 @@
+"""Predicted seconds of a forward and of a step: work over achieved rates, kind by kind. Pure.
+
+    forward = GEMM FLOPs / gemm + attention FLOPs / attention + bytes of elementwise kernels / elementwise + seams
+    step    = forwards * forward, of the slowest rank
+    training step = (1 + 2 backward + 1 recompute) * forward + optimiser bytes + what of DDP's all-reduce is not hidden
+
+Rates come from the profile: measured ones (`scripts/calibrate.py`) or, where it has none, the datasheet's times a
+fraction (FRACTIONS). FLOPs as of `WanArchitecture.forward_flops`; bytes are counted kernel by kernel below.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wanexp.config import DeviceProfile, RunConfig
+from wanexp.hardware.devices import Device
+from wanexp.planning.activations import Sizes
+from wanexp.planning.memory import sizes_of
+from wanexp.planning.plan import Plan, RankPlan, forwards_per_step
+
+# Achieved share of the datasheet's peak, from H200 (shared speed measurements of 2026-11-22, eager, bf16): GEMM at Wan
+# shapes 789 of 989 TFLOP/s, cuDNN attention 576 of 989, P2P 394 of 450 GB/s, and elementwise kernels (mixed dtypes,
+# strided RoPE) what is left of an eager 14B forward at 480p (3241 ms): 2285 of 4800 GB/s.
+FRACTIONS = {"gemm": 0.80, "attention": 0.58, "elementwise": 0.476, "p2p": 0.87, "staged": 0.4, "fp32_attention": 0.5}
+BLOCK_KERNELS = 62  # launches in one block's forward, counted in transformer.py
+LAUNCH_US = 6.0  # a kernel launch of eager PyTorch: the floor of a small model
+LATENCY_US = 15.0  # of a copy between devices
+HIDDEN_SHARE = 0.9  # of the backward pass, during which DDP's all-reduce can run
+ADAMW_BYTES = 80  # read and written per weight by torch's foreach AdamW: 8 fp32 kernels
+# Where nothing is known of a device: ratios of a generic GPU, good for ranking and never shown
+GENERIC = DeviceProfile(bf16_tflops=100, fp32_tflops=20, memory_bandwidth_gb_s=1000, link_gb_s=32)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Per second: FLOPs of matrix products and attention, bytes of elementwise kernels, copies and memory."""
+
+    gemm: float
+    attention: float
+    elementwise: float
+    memory: float
+    link: float
+    latency_s: float
+    launch_s: float
+    is_known: bool
+
+
+@dataclass(frozen=True)
+class TimePrediction:
+    """is_known: False where a rate is a generic one, which serves to rank layouts and for nothing else."""
+
+    forward_s: float
+    step_s: float
+    seam_s: float  # of forward_s, crossing between devices
+    is_known: bool
+
+
+def rates_of(profile: DeviceProfile | None, dtype: str, *, has_p2p: bool = True) -> Rates:
+    """The rates of one device in `dtype` (as of PrecisionConfig). has_p2p: copies need not go through the host."""
+
+    def pick(name: str) -> float | None:
+        return getattr(profile, name) if profile is not None else None
+
+    fp32 = dtype == "float32"
+    peak_name = "fp32_tflops" if fp32 else "bf16_tflops"
+    measured = pick("gemm_tflops"), pick("attention_tflops"), pick("elementwise_gb_s")
+    is_known = (pick(peak_name) or (measured[0] if not fp32 else None)) is not None
+    is_known = is_known and (pick("memory_bandwidth_gb_s") or measured[2]) is not None
+    peak = pick(peak_name) or getattr(GENERIC, peak_name)
+    bandwidth = pick("memory_bandwidth_gb_s") or GENERIC.memory_bandwidth_gb_s
+    attention_share = FRACTIONS["fp32_attention" if fp32 else "attention"]
+    gemm, attention = (None, None) if fp32 else measured[:2]
+    link = pick("p2p_gb_s") or (pick("link_gb_s") or GENERIC.link_gb_s) * FRACTIONS["p2p" if has_p2p else "staged"]
+    return Rates(
+        gemm=(gemm or peak * FRACTIONS["gemm"]) * 1e12,
+        attention=(attention or peak * attention_share) * 1e12,
+        elementwise=(measured[2] or bandwidth * FRACTIONS["elementwise"]) * 1e9,
+        memory=bandwidth * 0.85e9,
+        link=link * 1e9,
+        latency_s=(pick("p2p_latency_us") or LATENCY_US) * 1e-6,
+        launch_s=(pick("launch_us") or LAUNCH_US) * 1e-6,
+        is_known=is_known,
+    )
+
+
+def block_flops(s: Sizes) -> tuple[int, int]:
+    """Matrix products (the context's k and v included) and attention of one block, 2 FLOPs a multiply-add."""
+    arch, tokens = s.arch, s.tokens
+    keys = arch.text_len + arch.clip_tokens
+    gemm = 2 * tokens * (6 * arch.dim**2 + 2 * arch.dim * arch.ffn_dim) + 4 * keys * arch.dim**2
+    return s.batch * gemm, s.batch * 4 * tokens * (tokens + keys) * arch.dim
+
+
+def block_elementwise_bytes(s: Sizes) -> int:
+    """Bytes that the kernels between the matrix products read and write in one block, as eager PyTorch runs them."""
+    c, r = s.compute, s.residual
+    upcast, rounded = (r + 4 if r < 4 else 0), (4 + c if c < 4 else 0)
+    narrowed = 4 + r if r < 4 else 0
+    norm = upcast + 8 + 8 + 8 + rounded  # modulated_norm: cast, LayerNorm, times, plus, cast
+    norm3 = upcast + 8 + (narrowed or rounded)
+    qk_norms = 3 * (2 * c + 2 * c)  # RMSNorm and its weight: q and k of self-attention, q of cross-attention
+    # Two halves, each: two products of strided 16-bit channels (whole cache lines are read), a sum, a cast; then stack
+    rope = 2 * (4 * (c + 2) + 2 * 6 + (4 + c if c < 4 else 0) + 2 * c)
+    gated = 2 * (r + c + 4 + narrowed)
+    added = 2 * r + c
+    gathered = 4 * 8 if s.distinct_timesteps else 0
+    gelu = 2 * c * s.arch.ffn_dim / s.arch.dim
+    return round(s.elements * (2 * norm + norm3 + qk_norms + rope + gated + added + gathered + gelu))
+
+
+def block_seconds(s: Sizes, rates: Rates) -> float:
+    """One block's forward; never faster than its launches."""
+    gemm, attention = block_flops(s)
+    work = gemm / rates.gemm + attention / rates.attention + block_elementwise_bytes(s) / rates.elementwise
+    return max(work, BLOCK_KERNELS * rates.launch_s)
+
+
+def outer_seconds(s: Sizes, rates: Rates) -> float:
+    """Embeddings and head: fp32 copies of the time embedding's weights, the head's norm."""
+    num_bytes = 7 * s.arch.dim**2 * 10 + s.elements * 36
+    return num_bytes / rates.elementwise + 40 * rates.launch_s
+
+
+def predict_time(
+    config: RunConfig, plan: Plan, profiles: Sequence[DeviceProfile | None]
+) -> TimePrediction:
+    """profiles: what is known of each of `plan.devices`."""
+    rates = [
+        rates_of(profile, config.precision.dtype, has_p2p=_has_p2p(device, plan.devices))
+        for profile, device in zip(profiles, plan.devices, strict=True)
+    ]
+    per_rank = [_rank_forward(config, plan, rank, rates) for rank in plan.ranks]
+    slowest = max(range(len(per_rank)), key=lambda rank: per_rank[rank][0])
+    forward_s, seam_s = per_rank[slowest]
+    if plan.device_type == "cpu":
+        forward_s *= plan.layout.num_ranks  # logical devices share the cores
+    step_s = forwards_per_step(config) * forward_s
+    if config.workload.name == "train":
+        step_s = _train_step(config, plan, forward_s, rates[plan.ranks[slowest].devices[0]])
+    return TimePrediction(forward_s, step_s, seam_s, is_known=all(rate.is_known for rate in rates))
+
+
+def _has_p2p(device: Device, devices: Sequence[Device]) -> bool:
+    return {other.index for other in devices} <= {device.index, *device.peers}
+
+
+def _rank_forward(
+    config: RunConfig, plan: Plan, rank: RankPlan, rates: Sequence[Rates]
+) -> tuple[float, float]:
+    """Seconds of one forward of a rank's share, and of these what the seams take."""
+    sizes = sizes_of(config, rank.num_samples)
+    owned = [rates[device] for device in rank.devices]
+    home = plan.block_owner[0]
+    total, seams, previous = outer_seconds(sizes, owned[home]), 0.0, home
+    for owner in plan.block_owner:
+        total += block_seconds(sizes, owned[owner])
+        if owner != previous:
+            slower = min(owned[owner].link, owned[previous].link)
+            seams += sizes.stream / slower + owned[owner].latency_s
+        previous = owner
+    return total + seams, seams
+
+
+def _train_step(config: RunConfig, plan: Plan, forward_s: float, rates: Rates) -> float:
+    recompute = 1 if config.workload.activation_checkpointing else 0
+    num_weights = plan.weight_bytes[0] // 4 // config.model.num_experts
+    backward_s = (2 + recompute) * forward_s
+    replicas = plan.layout.dp
+    # A ring all-reduce sends and receives 2 (N - 1) / N of the fp32 gradients (NCCL's performance notes)
+    reduce_s = 2 * (replicas - 1) / replicas * 4 * num_weights / rates.link
+    exposed_s = max(0.0, reduce_s - HIDDEN_SHARE * backward_s)
+    return forward_s + backward_s + exposed_s + ADAMW_BYTES * num_weights / rates.memory

@@ -1,0 +1,178 @@
+"""One block of the Wan transformer: its norms, its two attentions, its FFN, its modulation by the timestep.
+
+What spreads the model relies on three promises: every tensor a block needs is an argument of its call (a tensor or a
+tuple of tensors); `attend` of each attention may be replaced; no argument is changed in place.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wanexp.wan.architecture import NORM_EPS, WanArchitecture
+from wanexp.wan.attention import AttentionFunction, attention_function
+from wanexp.wan.rope import Rope, apply_rope
+
+
+class Fp32Linear(nn.Linear):
+    """A linear layer computed in fp32 whatever its weights are stored in; any float in, fp32 out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
+class Fp32LayerNorm(nn.LayerNorm):
+    """A LayerNorm with affine weights computed in fp32 and rounded once to the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return out.to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis: normed in fp32, then cast, then times weight."""
+
+    def __init__(self, dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # rms_norm accumulates 16-bit inputs in fp32 and rounds at its end: no fp32 copy of x is needed.
+        return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS) * self.weight.to(x.dtype)
+
+
+def at_tokens(vectors: Tensor, timestep_index: Tensor | None) -> Tensor:
+    """What each token gets of one modulation vector per timestep, to broadcast over [batch, tokens, dim].
+
+    Without an index `vectors` is [batch, dim] and the result a view [batch, 1, dim]. With an index
+    [batch, tokens] `vectors` is a table [distinct timesteps, dim] and the result [batch, tokens, dim].
+    """
+    return vectors.unsqueeze(1) if timestep_index is None else F.embedding(timestep_index, vectors)
+
+
+def modulated_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, timestep_index: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift in fp32 [batch, tokens, dim], rounded once to `dtype`."""
+    out = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
+    out = out * at_tokens(1 + scale, timestep_index)  # two statements: one gathered vector alive at a time
+    return (out + at_tokens(shift, timestep_index)).to(dtype)
+
+
+def gated_add(x: Tensor, update: Tensor, gate: Tensor, timestep_index: Tensor | None) -> Tensor:
+    """x + gate * update in fp32 (the fp32 gate promotes all three), rounded once to the dtype of `x`."""
+    return torch.addcmul(x, update, at_tokens(gate, timestep_index)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """The projections and norms that self-attention and cross-attention share.
+
+    `attend(q, k, v)` is the kernel on [batch, tokens, heads, head_dim]; parallel modes replace or wrap it.
+    Heads are split by head_dim, so q, k and v may hold a part of the heads only.
+    """
+
+    attend: AttentionFunction
+
+    def __init__(self, architecture: WanArchitecture, dtype: torch.dtype) -> None:
+        super().__init__()
+        dim = architecture.dim
+        self.head_dim = architecture.head_dim
+        self.q = nn.Linear(dim, dim, dtype=dtype)
+        self.k = nn.Linear(dim, dim, dtype=dtype)
+        self.v = nn.Linear(dim, dim, dtype=dtype)
+        self.o = nn.Linear(dim, dim, dtype=dtype)
+        self.norm_q = RMSNorm(dim, dtype)
+        self.norm_k = RMSNorm(dim, dtype)
+        self.attend = attention_function("auto")
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[batch, tokens, dim] -> [batch, tokens, heads, head_dim]"""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+
+class SelfAttention(Attention):
+    """Attention of the video tokens among themselves, with RoPE."""
+
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+        """`x` [batch, tokens, dim] -> the same shape and dtype; `rope` as of `rope_tables`."""
+        q = apply_rope(self.split_heads(self.norm_q(self.q(x))), rope)
+        k = apply_rope(self.split_heads(self.norm_k(self.k(x))), rope)
+        v = self.split_heads(self.v(x))
+        return self.o(self.attend(q, k, v).flatten(2))
+
+
+class CrossAttention(Attention):
+    """Attention of the video tokens to the text and, with `clip_tokens`, to the image tokens before it."""
+
+    def __init__(self, architecture: WanArchitecture, dtype: torch.dtype) -> None:
+        super().__init__(architecture, dtype)
+        self.clip_tokens = architecture.clip_tokens
+        if self.clip_tokens:
+            dim = architecture.dim
+            self.k_img = nn.Linear(dim, dim, dtype=dtype)
+            self.v_img = nn.Linear(dim, dim, dtype=dtype)
+            self.norm_k_img = RMSNorm(dim, dtype)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """`x` [batch, tokens, dim], `context` [batch, clip_tokens + text_len, dim] -> shape and dtype of `x`.
+
+        The same q attends to image and text apart; the two results are added before the output projection.
+        """
+        image, text = context[:, : self.clip_tokens], context[:, self.clip_tokens :]
+        q = self.split_heads(self.norm_q(self.q(x)))
+        k = self.split_heads(self.norm_k(self.k(text)))
+        out = self.attend(q, k, self.split_heads(self.v(text)))
+        if self.clip_tokens:
+            k = self.split_heads(self.norm_k_img(self.k_img(image)))
+            out = out + self.attend(q, k, self.split_heads(self.v_img(image)))
+        return self.o(out.flatten(2))
+
+
+class WanBlock(nn.Module):
+    """Self-attention, cross-attention and FFN around one residual stream. Time gates the first and last."""
+
+    def __init__(
+        self, architecture: WanArchitecture, dtype: torch.dtype, residual: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        dim, ffn_dim = architecture.dim, architecture.ffn_dim
+        self.residual = residual
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim, dtype=dtype) / dim**0.5)
+        self.self_attn = SelfAttention(architecture, dtype)
+        self.cross_attn = CrossAttention(architecture, dtype)
+        self.norm3 = Fp32LayerNorm(dim, eps=NORM_EPS, dtype=dtype)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, ffn_dim, dtype=dtype),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(ffn_dim, dim, dtype=dtype),
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        modulation: Tensor,
+        context: Tensor,
+        rope: Rope,
+        timestep_index: Tensor | None = None,
+    ) -> Tensor:
+        """One block; gives the new hidden states and leaves the given ones as they are.
+
+        Args:
+            hidden_states: [batch, tokens, dim], the residual stream.
+            modulation: fp32 [batch, 6, dim]; with `timestep_index` a table [distinct timesteps, 6, dim]. The
+                block adds its own and reads shift, scale, gate of self-attention, then of the FFN.
+            context: [batch, clip_tokens + text_len, dim].
+            rope: cos and sin, each fp32 [tokens, head_dim / 2].
+            timestep_index: [batch, tokens], the row of the table for each token, or None.
+        """
+        # A norm's dtype and not a linear layer's, which quantisation may store in 8 bits.
+        dtype = self.self_attn.norm_q.weight.dtype
+        x = hidden_states.to(self.residual or dtype)
+        context = context.to(dtype)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)
+
+        normed = modulated_norm(x, shift1, scale1, timestep_index, dtype)
+        x = gated_add(x, self.self_attn(normed, rope), gate1, timestep_index)
+        normed = self.norm3(x).to(dtype)
+        x = x + self.cross_attn(normed, context)
+        normed = modulated_norm(x, shift2, scale2, timestep_index, dtype)
+        return gated_add(x, self.ffn(normed), gate2, timestep_index)
