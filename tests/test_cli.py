@@ -101,7 +101,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(cli, runner):
         cli()
 
 
-GROUP_MODES = "write one of: block_distribution, data_parallel, distributed, none"
+GROUP_MODES = "write one of: auto, block_distribution, data_parallel, distributed, none"
 ERRORS = [
     (
         ["parallelism=block_distrib"],
@@ -231,7 +231,7 @@ def test_help_has_examples_and_the_groups(cli):
     for text in (
         "python -m wanexp parallelism=block_distribution 'gpus=[0,1,2,3]'",
         "+sweep=modes",
-        "parallelism: block_distribution, data_parallel, distributed, none",
+        "parallelism: auto, block_distribution, data_parallel, distributed, none",
         "model: tiny, wan2.1_flf2v_14b",
         "experiment: mlperf_t2v_a14b",
         "Exit code",

@@ -77,7 +77,9 @@ def test_uneven_shares_and_the_whole_record(execute, tmp_path):
     document = json.loads((tmp_path / "run" / "record.json").read_text())
     assert document["schema_version"] == SCHEMA_VERSION
     assert {"outcome", "requested", "effective", "metrics", "samples", "environment"} <= set(document)
-    assert {"mode", "layout", "attention", "precision", "device_type", "devices"} <= set(document["effective"])
+    assert {"mode", "layout", "attention", "precision", "device_type", "devices"} <= set(
+        document["effective"]
+    )
 
     assert document["requested"]["workload"]["batch_size"] == 3
     effective = record.effective
@@ -158,9 +160,7 @@ def test_training_in_processes(execute):
 def test_a_run_from_a_checkpoint(execute, run_config, tmp_path, layout, shards, dtype):
     weights = RandomWeights(run_config().model.architecture, seed=7)
     write_checkpoint(weights, tmp_path / "checkpoint", layout=layout, num_shards=shards, dtype=dtype)
-    record = execute(
-        *MODES["block_distribution"], f"checkpoint={tmp_path / 'checkpoint'}", "verify=always"
-    )
+    record = execute(*MODES["block_distribution"], f"checkpoint={tmp_path / 'checkpoint'}", "verify=always")
     assert record.outcome == "finished", record.message
     assert record.metrics["parity/bit_equal"] == 1.0
     (source,) = record.effective["weights"]

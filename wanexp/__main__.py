@@ -59,7 +59,8 @@ def _run_hydra() -> tuple[int, Exception | None]:
         if sweep is not None:  # the launcher takes what it returns or raises
             return _execute(config, sweep)
         try:
-            records.append(_execute(config, None))
+            if (record := _execute(config, None)) is not None:
+                records.append(record)
         except Exception as error:  # Hydra would add lines of its own
             failures.append(error)
         return None
@@ -77,7 +78,7 @@ def _run_hydra() -> tuple[int, Exception | None]:
     return code, failures[0] if failures else None
 
 
-def _execute(config: DictConfig, sweep: SweepCell | None) -> Record:
+def _execute(config: DictConfig, sweep: SweepCell | None) -> Record | None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     try:
@@ -86,6 +87,14 @@ def _execute(config: DictConfig, sweep: SweepCell | None) -> Record:
         if sweep is None:
             _discard_empty_run(folder, hydra_config.output_subdir)
         raise
+    if run_config.task == "plan":
+        if sweep is not None:
+            raise UserError("task=plan prints one plan and runs nothing; write it without -m")
+        _discard_empty_run(folder, hydra_config.output_subdir)
+        from wanexp.planning.task import print_plan  # rich is slow to import
+
+        print_plan(run_config)
+        return None
     from wanexp.runner import run  # torch and rich are slow to import
 
     return run(run_config, folder=folder, overrides=list(hydra_config.overrides.task), sweep=sweep)

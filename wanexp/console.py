@@ -17,7 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from wanexp.config import RunConfig
+from wanexp.hardware.devices import Device
 from wanexp.planning.plan import Plan
+from wanexp.planning.planner import BUYS, Candidate, Planned
 from wanexp.progress import ProgressReporter, show_progress
 from wanexp.record import Record
 from wanexp.workloads.sizes import num_tokens
@@ -143,6 +145,44 @@ class Console:
                 outcome = Text(record.outcome, style=_style(record.outcome))
                 self._rich.print(Text.assemble(f"{where}: ", outcome, f": {record.message}"))
 
+    def plan_table(
+        self, config: RunConfig, devices: Sequence[Device], planned: Planned, advice: str = ""
+    ) -> None:
+        """What every layout would need (task=plan), the best first, and why the others cannot run."""
+        names = ", ".join(dict.fromkeys(device.name for device in devices))
+        free = [device.free_bytes / GIB for device in devices]
+        memory = f"{min(free):.1f}" if max(free) - min(free) < 0.05 else f"{min(free):.1f} to {max(free):.1f}"
+        facts = _facts()
+        facts.add_row("Model", f"{config.model.name}, {config.precision.name}, {config.workload.name}")
+        facts.add_row("Video", f"{config.video.name}, {num_tokens(config.model, config.video):,} tokens")
+        facts.add_row("Devices", f"{len(devices)} x {names}, {memory} GiB free")
+        self._rich.print(facts)
+        self._rich.print()
+        table = _table()
+        table.add_column("layout", overflow="fold", min_width=18)
+        for name in ("buys", "needs GiB", "step ms", "speed-up", "verdict"):
+            table.add_column(name, justify="left" if name in ("buys", "verdict") else "right")
+        for candidate in planned.candidates:
+            table.add_row(*_plan_row(planned, candidate))
+        self._rich.print(table)
+        self._rich.print()
+        for candidate in planned.candidates:
+            if candidate.rejection:
+                self._rich.print(f"{candidate.name}: {candidate.rejection}")
+        self._rich.print(
+            "needs GiB: predicted peak of each GPU, CUDA context included. speed-up: over mode none; "
+            "of replicas in samples a second, one sample each."
+        )
+        winner = planned.winner
+        advices = _facts()
+        if winner:
+            advices.add_row(f"Best for {planned.objective}", winner.settings)
+        elif advice:
+            advices.add_row("Would fit", advice)
+        else:
+            advices.add_row("Nothing fits", "")
+        self._rich.print(advices)
+
     def _failure(self, error: Mapping[str, Any]) -> None:
         kind = f" ({error['type']})" if error.get("type") else ""
         self._rich.print(Text(f"Rank {error.get('rank', '?')} failed first{kind}:", style="red"))
@@ -154,6 +194,21 @@ class Console:
 
     def _line(self, text: str) -> None:
         self._rich.print(Text(text), soft_wrap=True)
+
+
+def _plan_row(planned: Planned, candidate: Candidate) -> list[Text]:
+    needs = list(dict.fromkeys(f"{entry.needed / GIB:.1f}" for entry in candidate.memory))
+    time = candidate.time if candidate.time and candidate.time.is_known else None
+    speedup = planned.speedup(candidate)
+    verdict = "no" if candidate.rejection else "best" if candidate is planned.winner else "fits"
+    return [
+        Text(candidate.name),
+        Text(BUYS[candidate.parallelism.mode]),
+        Text(", ".join(needs) if len(needs) <= 3 else f"{min(needs, key=float)} to {max(needs, key=float)}"),
+        Text(f"{time.step_s * 1000:,.0f}" if time else "?"),
+        Text(f"{speedup:.2f}x" if speedup else "?"),
+        Text(verdict, style="yellow" if candidate.rejection else "green"),
+    ]
 
 
 def block_ranges(blocks: Sequence[int]) -> str:

@@ -33,6 +33,24 @@ LAST_RESORT_S = 5.0  # after which a launch that was given up is ended by a sign
 
 
 @dataclass
+class Heard:
+    """What the ranks have said of themselves, by rank where it is not a list."""
+
+    reports: dict[int, dict[str, Any]] = field(default_factory=dict)
+    steps: dict[int, list[float]] = field(default_factory=dict)
+    errors: list[Event] = field(default_factory=list)
+
+    def take(self, event: Event) -> None:
+        rank, kind = event["rank"], event["kind"]
+        if kind == "step":
+            self.steps.setdefault(rank, []).append(event["seconds"])
+        elif kind == "error":
+            self.errors.append(event)
+        elif kind == "report":
+            self.reports[rank] = event["report"]
+
+
+@dataclass
 class Launched:
     """How a launch ended. reports: by rank, of the ranks that came to their end."""
 
@@ -40,7 +58,9 @@ class Launched:
     message: str = ""
     error: dict[str, Any] | None = None
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
-    steps: dict[int, list[float]] = field(default_factory=dict)  # seconds a step by rank, also of ranks that died
+    steps: dict[int, list[float]] = field(
+        default_factory=dict
+    )  # seconds a step by rank, also of ranks that died
 
 
 def launch(job: Job, *, on_event: Callable[[Event], None] = lambda _event: None) -> Launched:
@@ -61,7 +81,9 @@ def launch(job: Job, *, on_event: Callable[[Event], None] = lambda _event: None)
             exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         except (SignalException, KeyboardInterrupt) as error:
             interrupted = signal.Signals(getattr(error, "sigval", signal.SIGINT)).name
-    return verdict(job, watcher, exit_codes, interrupted)
+    return verdict(
+        job, watcher.heard, exit_codes=exit_codes, interrupted=interrupted, timeout=watcher.timeout_message
+    )
 
 
 def launch_config(num_ranks: int) -> LaunchConfig:
@@ -80,26 +102,28 @@ def launch_config(num_ranks: int) -> LaunchConfig:
     )
 
 
-def verdict(job: Job, watcher: "Watcher", exit_codes: dict[int, int], interrupted: str) -> Launched:
+def verdict(
+    job: Job, heard: Heard, *, exit_codes: dict[int, int], interrupted: str = "", timeout: str = ""
+) -> Launched:
     """The outcome: what the user or the watcher ended, else what the rank that failed first says.
 
     exit_codes: of the rank whose end the agent saw first. Where that rank has no error to tell, it is the one that
     failed: the errors of the others are that they miss it.
     """
-    launched = Launched("finished", reports=watcher.reports, steps=watcher.steps)
-    first_error = min(watcher.errors, key=lambda event: event["time"], default=None)
-    told = {event["rank"] for event in watcher.errors}
+    launched = Launched("finished", reports=heard.reports, steps=heard.steps)
+    first_error = min(heard.errors, key=lambda event: event["time"], default=None)
+    told = {event["rank"] for event in heard.errors}
     if -signal.SIGINT in exit_codes.values():  # Ctrl-C, which reached the ranks before this process
         interrupted = interrupted or "SIGINT"
-    if watcher.timeout_message:
-        launched.outcome, launched.message = "timeout", watcher.timeout_message
+    if timeout:
+        launched.outcome, launched.message = "timeout", timeout
     elif interrupted:
         launched.outcome, launched.message = "interrupted", f"interrupted by {interrupted}"
     elif first_error and told.issuperset(exit_codes):
         launched.outcome = first_error["outcome"]
         launched.message = f"rank {first_error['rank']}: {first_error['type']}: {first_error['message']}"
         launched.error = {key: first_error[key] for key in ("rank", "type", "message", "traceback")}
-    elif exit_codes or len(watcher.reports) < job.plan.layout.num_ranks:
+    elif exit_codes or len(heard.reports) < job.plan.layout.num_ranks:
         rank, code = min(exit_codes.items(), default=(0, 0))
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = "; was the host out of memory?" if code == -signal.SIGKILL else ""
@@ -116,9 +140,7 @@ class Watcher(threading.Thread):
         super().__init__(name="wanexp-watcher", daemon=True)
         self.job = job
         self.on_event = on_event
-        self.reports: dict[int, dict[str, Any]] = {}
-        self.steps: dict[int, list[float]] = {}
-        self.errors: list[Event] = []
+        self.heard = Heard()
         self.timeout_message = ""
         self._start_events: dict[int, Event] = {}
         self._begin = time.time()
@@ -141,7 +163,7 @@ class Watcher(threading.Thread):
         while not self._done.wait(POLL_S):
             self._read()
             limits, now = self.job.config.limits, time.time()
-            working = [rank for rank in self._last_seen if rank not in self.reports]
+            working = [rank for rank in self._last_seen if rank not in self.heard.reports]
             if not working or self.timeout_message:
                 continue
             silent = min(working, key=lambda rank: self._last_seen[rank])
@@ -164,12 +186,7 @@ class Watcher(threading.Thread):
                 self._start_events[rank] = event
             elif kind == "progress":
                 self._phase[rank] = event["phase"]
-            elif kind == "step":
-                self.steps.setdefault(rank, []).append(event["seconds"])
-            elif kind == "error":
-                self.errors.append(event)
-            elif kind == "report":
-                self.reports[rank] = event["report"]
+            self.heard.take(event)
             self.on_event(event)
 
     def _give_up(self, message: str) -> None:
@@ -179,7 +196,9 @@ class Watcher(threading.Thread):
         time.sleep(STACKS_S)
         self._signal_ranks(signal.SIGKILL)
         has_handler = callable(signal.getsignal(signal.SIGTERM))
-        if not self._done.wait(LAST_RESORT_S) and has_handler:  # ranks that never started have no process id here
+        if (
+            not self._done.wait(LAST_RESORT_S) and has_handler
+        ):  # ranks that never started have no process id here
             os.kill(os.getpid(), signal.SIGTERM)  # the agent's handler
 
     def _signal_ranks(self, number: signal.Signals) -> None:

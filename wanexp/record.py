@@ -47,7 +47,9 @@ class Record:
     ended: str | None = None
     outcome: str = "failed"
     message: str = ""
-    error: dict[str, Any] | None = None  # {"rank": ..., "type": ..., "traceback": ...} of the rank that failed first
+    error: dict[str, Any] | None = (
+        None  # {"rank": ..., "type": ..., "traceback": ...} of the rank that failed first
+    )
     effective: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)

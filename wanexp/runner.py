@@ -24,8 +24,11 @@ from wanexp.job import Job
 from wanexp.measure.environment import host_environment
 from wanexp.measure.results import latency_metrics, run_metrics, step_seconds
 from wanexp.measure.statistics import noise_warning, summarise_samples
-from wanexp.planning.plan import Plan, make_plan, reference_plan
+from wanexp.planning.plan import Plan, reference_plan
+from wanexp.planning.planner import cap_memory
+from wanexp.planning.preflight import Preflight, preflight
 from wanexp.record import Record
+from wanexp.sweep import outer_rank
 from wanexp.tracking.mlflow_store import track
 
 if TYPE_CHECKING:
@@ -50,13 +53,22 @@ def run(
         overrides=list(overrides),
         sweep_id=sweep.sweep_id if sweep else None,
     )
+    if outer_rank():  # under an outer torchrun rank 0 alone owns the folder, the record and MLflow
+        return follow_rank_zero(config, record)
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     console = Console()
     try:
         prepared = prepare(config)
+        config = prepared.preflight.config  # parallelism=auto is settled
         console.start_card(config, prepared.plan, weights=config.checkpoint or "random", notes=prepared.notes)
-        execute(config, prepared, record, folder, console)
+        if prepared.preflight.message and not config.force:
+            record.plan = plan_summary(prepared.plan) | prepared.preflight.summary()
+            record.effective = effective_settings(config, prepared.plan)
+            record.metrics = prepared.preflight.predicted_metrics()
+            record.outcome, record.message = "infeasible", prepared.preflight.message
+        else:
+            execute(config, prepared, record, folder, console)
     except UserError as error:
         record.outcome = "skipped" if sweep and isinstance(error, LayoutError) else "failed"
         record.message = str(error)
@@ -74,11 +86,21 @@ def run(
     return record
 
 
+def follow_rank_zero(config: RunConfig, record: Record) -> Record:
+    """The part of any other rank under an outer torchrun; what its record says becomes the exit code only."""
+    from wanexp.outer_torchrun import follow  # imports torch, so late
+
+    launched = follow(config.limits)
+    record.outcome, record.message = launched.outcome, launched.message
+    return record
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """What is known before anything is launched."""
 
     plan: Plan
+    preflight: Preflight
     found: tuple[Device, ...]
     peak_tflops: float | None  # dense peak of one device in the run's precision
     notes: list[str]
@@ -86,9 +108,16 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Devices, plan and checks that need no worker. Raises UserError."""
-    found = find_devices(config.hardware)
+    found = cap_memory(find_devices(config.hardware), config.hardware)
     devices = select_devices(found, config.gpus, config.parallelism.mode)
-    plan = make_plan(config, devices)
+    checked = preflight(
+        config, devices, found, lambda device: profile_for(config.hardware, device, conf_dir())
+    )
+    plan = checked.candidate.plan
+    assert plan is not None
+    if outer_rank() is not None:
+        check_world_size(plan)
+    devices = plan.devices
     profile = profile_for(config.hardware, devices[0], conf_dir())
     notes = []
     if config.hardware.device and profile and profile.name != config.hardware.device.name:
@@ -101,13 +130,25 @@ def prepare(config: RunConfig) -> Prepared:
 
         open_weights(config.checkpoint, config.model.architecture, num_experts=config.model.num_experts)
     half = config.precision.dtype in ("bfloat16", "float16")
-    return Prepared(plan, found, profile.bf16_tflops if profile and half else None, notes)
+    return Prepared(plan, checked, found, profile.bf16_tflops if profile and half else None, notes)
+
+
+def check_world_size(plan: Plan) -> None:
+    """Raise UserError where an outer torchrun started other processes than the layout has ranks."""
+    ranks, world_size = plan.layout.num_ranks, int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != ranks:
+        raise UserError(
+            f"torchrun started {world_size} processes, the layout ({plan.layout}) has {ranks} ranks; "
+            f"write --nproc-per-node {ranks}, or other gpus"
+        )
+    if int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) != world_size:
+        raise UserError("torchrun started processes on several machines; one is supported: write --nnodes 1")
 
 
 def execute(config: RunConfig, prepared: Prepared, record: Record, folder: Path, console: Console) -> None:
     """Launch the run and its reference; fill `record` with what came of them."""
     plan = prepared.plan
-    record.plan = plan_summary(plan)
+    record.plan = plan_summary(plan) | prepared.preflight.summary()
     record.effective = effective_settings(config, plan)
     record.environment = host_environment(plan.devices)
     job = Job(
@@ -122,6 +163,8 @@ def execute(config: RunConfig, prepared: Prepared, record: Record, folder: Path,
         launched = _launch(job, progress)
         record.telemetry = telemetry.series(begin)
         take_results(record, config, prepared, launched)
+        record.metrics |= prepared.preflight.predicted_metrics()
+        record.metrics |= prepared.preflight.error_metrics(record.metrics)
         if window := _window(launched.reports):
             metrics, warnings = telemetry.summarise(*window)
             record.metrics |= metrics
@@ -137,6 +180,7 @@ def execute(config: RunConfig, prepared: Prepared, record: Record, folder: Path,
 def _launch(job: Job, progress: ProgressReporter) -> "Launched":
     """One launch with its progress shown: that of the rank that is behind."""
     from wanexp.launch import launch  # imports torch, so late
+    from wanexp.outer_torchrun import lead, without_outer_torchrun
 
     progress.update("start workers", 0, None)
     state: dict[str, dict[int, float]] = {}
@@ -147,7 +191,12 @@ def _launch(job: Job, progress: ProgressReporter) -> "Launched":
             done[event["rank"]] = event["done"]
             progress.update(event["phase"], min(done.values()), event["total"], event.get("memory_gib"))
 
-    return launch(job, on_event=on_event)
+    if outer_rank() is None:
+        return launch(job, on_event=on_event)
+    if job.reference_of is None:
+        return lead(job, on_event=on_event)
+    with without_outer_torchrun():
+        return launch(job, on_event=on_event)
 
 
 def take_results(record: Record, config: RunConfig, prepared: Prepared, launched: "Launched") -> None:
@@ -200,7 +249,8 @@ def compare_with_reference(record: Record, job: Job, num_blocks: int, progress: 
     record.metrics["parity/bit_equal"] = float(parity["bit_equal"])
     record.metrics["parity/num_blocks"] = float(num_blocks)
     what = "gradients" if config.workload.name == "train" else "flow"
-    record.effective["verified"] = f"{what}, {'all' if num_blocks == total else f'the first {num_blocks} of'} {total} blocks"
+    share = "all" if num_blocks == total else f"the first {num_blocks} of"
+    record.effective["verified"] = f"{what}, {share} {total} blocks"
     if not parity["rel_l2"] <= config.precision.tolerance:
         record.outcome = "inexact"
         record.message = (

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +20,9 @@ import torch.distributed as dist
 from wanexp.events import EventLog, log_path
 from wanexp.hardware.devices import Device
 from wanexp.job import Job
+from wanexp.planning.memory import context_bytes_of
 from wanexp.planning.plan import Plan
+from wanexp.planning.planner import context_bytes
 from wanexp.rank_run import RankRun
 
 LAST_WORDS_S = 1.0  # between a rank's error and its end
@@ -36,24 +38,52 @@ def main(job: Job) -> None:
     events = EventLog(job.folder, rank)
     events.emit("start", pid=os.getpid(), host=os.uname().nodename)
     try:
-        events.emit("report", report=run_rank(job, rank, events))
+        # A long time-out of collectives: the parent's watcher ends ranks that stall, and knows which one it was.
+        events.emit("report", report=run_rank(job, rank, events, timeout_s=job.config.limits.run_s))
     except Exception as error:
         traceback.print_exc()
         sys.stdout.flush()
         events.emit("error", **describe_error(error))
-        if dist.is_initialized():  # this may be the echo of a rank that was killed: let the agent see that one first
+        if (
+            dist.is_initialized()
+        ):  # this may be the echo of a rank that was killed: let the agent see that one first
             time.sleep(LAST_WORDS_S)
         os._exit(1)  # no clean-up: a collective of the others may never end, and the parent already knows
 
 
-def run_rank(job: Job, rank: int, events: EventLog) -> dict[str, Any]:
-    """Everything one rank does, as a JSON-able report. Raises what goes wrong."""
+def run_rank(
+    job: Job, rank: int, events: EventLog, *, timeout_s: float, store: dist.Store | None = None
+) -> dict[str, Any]:
+    """Everything one rank does, as a JSON-able report. Raises what goes wrong.
+
+    timeout_s: of a collective. store: where the ranks meet; None for the one that the environment names.
+    """
     owned = [job.plan.devices[position] for position in job.plan.ranks[rank].devices]
     devices = [torch_device(device) for device in owned]
     torch.set_num_threads(job.num_threads)
+    prepare_allocator(job, owned, devices)
     events.progress("set-up", 0, 1)
-    with process_group(job.plan, devices[0], timeout_s=job.config.limits.run_s):
+    with process_group(job.plan, rank, devices[0], timeout_s=timeout_s, store=store):
         return RankRun(job, rank, owned, devices, events).run()
+
+
+def prepare_allocator(job: Job, owned: Sequence[Device], devices: Sequence[torch.device]) -> None:
+    """Have torch reserve little more than what is live, as the plan assumes; under enforce_memory cap it.
+
+    Expandable segments: without them the differently sized tensors of a block leave gigabytes cached that nothing else
+    fits in. Left alone where the user has settings of their own.
+    """
+    if devices[0].type != "cuda":
+        return
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    hardware = job.config.hardware
+    if not hardware.enforce_memory:
+        return
+    for device, torch_device in zip(owned, devices, strict=True):
+        outside = context_bytes_of(job.plan, context_bytes(hardware, [hardware.device]))
+        whole = torch.cuda.get_device_properties(torch_device).total_memory
+        torch.cuda.set_per_process_memory_fraction((device.total_bytes - outside) / whole, torch_device)
 
 
 def torch_device(device: Device) -> torch.device:
@@ -61,11 +91,10 @@ def torch_device(device: Device) -> torch.device:
 
 
 @contextmanager
-def process_group(plan: Plan, device: torch.device, *, timeout_s: float) -> Iterator[None]:
-    """The default process group, where the layout has several ranks or the mode is torch's own.
-
-    timeout_s: of a collective; long, as the parent's watcher ends ranks that stall and knows which one it was.
-    """
+def process_group(
+    plan: Plan, rank: int, device: torch.device, *, timeout_s: float, store: dist.Store | None
+) -> Iterator[None]:
+    """The default process group, where the layout has several ranks or the mode is torch's own."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if plan.layout.num_ranks == 1 and plan.mode != "distributed":
@@ -75,6 +104,9 @@ def process_group(plan: Plan, device: torch.device, *, timeout_s: float) -> Iter
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
+        store=store,
+        rank=rank,
+        world_size=plan.layout.num_ranks,
     )
     yield  # not destroyed when something goes wrong: that could wait for ranks that are gone
     dist.destroy_process_group()
@@ -83,7 +115,8 @@ def process_group(plan: Plan, device: torch.device, *, timeout_s: float) -> Iter
 def describe_error(error: BaseException) -> dict[str, Any]:
     """Type, message, traceback and outcome of an exception."""
     is_oom = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+        words in str(error)
+        for words in ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     )
     return {
         "outcome": "oom" if is_oom else "failed",

@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from wanexp.errors import UserError
-from wanexp.wan.attention import SDPA_BACKENDS, attention_function, choose_attention
+from wanexp.wan.attention import (
+    SDPA_BACKENDS,
+    attention_function,
+    attention_with_lse,
+    choose_attention,
+    kernel_name,
+)
 
 CPU_KERNELS = ["sdpa_flash", "sdpa_math", "auto"]
 
@@ -104,3 +110,92 @@ def test_kernels_on_a_gpu(name, head_dim):
 def test_half_precision_kernels_refuse_fp32_on_a_gpu(name):
     with pytest.raises(UserError, match=f"attention={name} cannot run on cuda with float32"):
         attention_function(name)(*qkv(torch.float32, "cuda", 64))
+
+
+# --- with the log-sum-exp ---
+
+
+def check_with_lse(name, tolerance, tokens=5, **options):
+    q, k, v = (tensor.detach() for tensor in qkv(**options))
+    q = q[:, :1].expand(-1, tokens, -1, -1) * torch.linspace(-4, 4, tokens, device=q.device)[
+        :, None, None
+    ].to(q)
+    out, lse = attention_with_lse(name)(q, k, v)
+    wide = [tensor.double() for tensor in (q, k, v)]
+    scores = torch.einsum("bqhd,bkhd->bhqk", wide[0], wide[1]) / q.shape[-1] ** 0.5
+    assert out.shape == q.shape and out.dtype == q.dtype
+    assert lse.shape == (2, 3, tokens) and lse.dtype == torch.float32
+    torch.testing.assert_close(out.double(), softmax_attention(*wide), rtol=tolerance, atol=tolerance)
+    # The scores are accumulated in fp32 from the same inputs, whatever their dtype.
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 0.02), (torch.float64, 1e-12)]
+)
+@pytest.mark.parametrize("name", CPU_KERNELS)
+def test_kernels_return_their_log_sum_exp(name, dtype, tolerance):
+    check_with_lse(name, tolerance, dtype=dtype)
+
+
+def check_tokens_first_views(name, batch, tolerance, **options):
+    """Of what Ulysses hands on, views of one buffer [tokens, batch, 3, heads, head_dim]."""
+    buffer = torch.randn(9, batch, 3, 4, 64, **options)
+    views = [part.transpose(0, 1) for part in buffer.unbind(2)]
+    expected = attention_with_lse(name)(*(view.contiguous() for view in views))
+    found = attention_with_lse(name)(*views)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    out = attention_function(name)(*views)
+    torch.testing.assert_close(out, expected[0], rtol=tolerance, atol=tolerance)
+    # Laid out tokens first too, and so sent back without a copy: by all kernels made for speed.
+    assert name == "sdpa_math" or batch > 1 or out.transpose(0, 1).is_contiguous()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", CPU_KERNELS)
+def test_kernels_take_tokens_first_views(name, batch):
+    check_tokens_first_views(name, batch, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["sdpa_cudnn", "sdpa_efficient"])
+def test_a_kernel_without_its_log_sum_exp_here_is_an_error_that_names_the_fix(name):
+    with pytest.raises(UserError, match=rf"attention={name} cannot run on cpu .*write attention=auto"):
+        attention_with_lse(name)(*qkv())
+
+
+def test_an_unknown_name_has_no_log_sum_exp_either():
+    with pytest.raises(UserError, match="unknown attention kernel 'flash'"):
+        attention_with_lse("flash")
+
+
+@pytest.mark.parametrize("name", [*SDPA_BACKENDS, "auto"])
+def test_a_kernel_keeps_its_name(name):
+    assert kernel_name(attention_function(name)) == name
+
+
+def test_a_function_without_a_name():
+    with pytest.raises(UserError, match="as of attention_function; found <function"):
+        kernel_name(softmax_attention)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [5, 33])
+@pytest.mark.parametrize("head_dim", [20, 24, 64, 128])
+@pytest.mark.parametrize("name", [*SDPA_BACKENDS, "auto"])
+def test_kernels_return_their_log_sum_exp_on_a_gpu(name, head_dim, tokens):
+    if name == "sdpa_cudnn" and (torch.cuda.get_device_capability() < (8, 0) or head_dim % 8):
+        pytest.skip("cuDNN attention needs sm 8.0 and a head_dim that divides by 8")
+    if name == "sdpa_efficient" and head_dim % 8:
+        pytest.skip("efficient attention in 16 bits needs a head_dim that divides by 8")
+    check_with_lse(name, 0.02, tokens, dtype=torch.bfloat16, device="cuda", head_dim=head_dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", [*SDPA_BACKENDS, "auto"])
+def test_kernels_take_tokens_first_views_on_a_gpu(name, batch):
+    if name == "sdpa_cudnn" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("cuDNN attention needs sm 8.0")
+    check_tokens_first_views(name, batch, 0.02, dtype=torch.bfloat16, device="cuda")

@@ -16,6 +16,7 @@ from wanexp.errors import CheckpointError
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.checkpoint import open_checkpoint, open_experts
 from wanexp.wan.key_names import diffusers_to_native, native_to_diffusers
+from wanexp.wan.safetensors_format import Part
 from wanexp.wan.weights import RandomWeights
 from wanexp.wan.write_checkpoint import write_checkpoint, write_model
 
@@ -96,6 +97,66 @@ def test_read_gives_wanted_dtype_in_own_memory(tmp_path, dtype):
     tensor.zero_()  # must reach neither the file nor a second read
     again = open_checkpoint(path).read("blocks.1.ffn.0.weight", device="cpu", dtype=dtype)
     assert again.abs().max() > 0
+
+
+# Parts
+
+
+def parts_of(shape: tuple[int, ...]) -> list[Part]:
+    """Some parts along every dimension: first, middle, last, all and none."""
+    return [
+        Part(dim, start, stop)
+        for dim, size in enumerate(shape)
+        for start, stop in ((0, size // 2), (size // 3, size - size // 3), (size - 1, size), (0, size), (size, size))
+    ]
+
+
+@pytest.mark.parametrize("layout", ["native", "fp8_scaled", "random"])
+def test_part_is_what_would_be_cut_from_the_whole(tmp_path, monkeypatch, layout):
+    monkeypatch.setattr("wanexp.wan.weights._CHUNK", {"cpu": 1000})
+    source = RandomWeights(FLF, 5)
+    if layout != "random":
+        write_checkpoint(source, tmp_path, layout=layout, num_shards=2)
+        source = open_checkpoint(tmp_path)
+    for name, shape in FLF.tensor_shapes():
+        if name.startswith(("blocks.1.", "blocks.2.")):
+            continue
+        whole = source.read(name, device="cpu", dtype=torch.float32)
+        for part in parts_of(shape):
+            read = source.read(name, device="cpu", dtype=torch.float32, part=part)
+            assert torch.equal(read, part.cut(whole)), (name, part)
+            assert read.is_contiguous() and read.untyped_storage().nbytes() == read.nbytes
+            if layout == "random" or part.is_empty:
+                assert source.stored_bytes(name, part) == 0
+    if layout != "random":
+        assert sum(source.stored_bytes(name) for name, _ in FLF.tensor_shapes()) == source.num_bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("staging", [100, 10_000, 64 * 2**20])
+def test_part_read_to_a_gpu(tmp_path, monkeypatch, staging):
+    monkeypatch.setattr("wanexp.wan.safetensors_format.STAGING_BYTES", staging)
+    write_checkpoint(RandomWeights(SMALL, 5), tmp_path, layout="fp8_scaled")
+    checkpoint = open_checkpoint(tmp_path)
+    for name, shape in SMALL.tensor_shapes():
+        for part in parts_of(shape):
+            on_gpu = checkpoint.read(name, device="cuda", dtype=torch.bfloat16, part=part)
+            assert torch.equal(on_gpu.cpu(), checkpoint.read(name, device="cpu", dtype=torch.bfloat16, part=part))
+
+
+def test_part_of_a_file_truncated_after_opening(tmp_path):
+    path = save(state_dict(), tmp_path / "a.safetensors")
+    checkpoint = open_checkpoint(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for dim in (0, 1):
+        with pytest.raises(CheckpointError, match="truncated"):
+            for name, shape in SMALL.tensor_shapes():
+                if len(shape) == 2:
+                    checkpoint.read(name, device="cpu", dtype=torch.float32, part=Part(dim, 1, 5))
+    path.unlink()
+    with pytest.raises(CheckpointError, match="cannot read"):
+        checkpoint.read("blocks.0.ffn.2.weight", device="cpu", dtype=torch.float32, part=Part(1, 1, 5))
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "model.", "diffusion_model."])

@@ -9,6 +9,7 @@ from torch import nn
 from wanexp.errors import CheckpointError
 from wanexp.wan import load_transformer
 from wanexp.wan.architecture import WanArchitecture
+from wanexp.wan.safetensors_format import Part
 from wanexp.wan.transformer import WanTransformer
 from wanexp.wan.weights import RandomWeights, _hash_range, load_weights, open_weights
 from wanexp.wan.write_checkpoint import write_checkpoint, write_model
@@ -110,10 +111,14 @@ def test_unknown_name():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_same_bits(tmp_path):
     wide = dataclasses.replace(SMALL, dim=2048, ffn_dim=16384, num_layers=1)  # several chunks on both devices
-    for name, _ in wide.tensor_shapes():
+    for name, shape in wide.tensor_shapes():
         for dtype in (torch.float32, torch.bfloat16):
             on_gpu = RandomWeights(wide, 3).read(name, device="cuda", dtype=dtype)
             assert torch.equal(on_gpu.cpu(), read(name, 3, dtype, wide)), name
+            if len(shape) == 2:
+                part = Part(1, 3, shape[1] // 2)
+                cut = RandomWeights(wide, 3).read(name, device="cuda", dtype=dtype, part=part)
+                assert torch.equal(cut, part.cut(on_gpu)), name
     files = write_checkpoint(RandomWeights(wide, 3), tmp_path, layout="fp8_scaled")
     sources = open_weights(files[0], wide)
     for name, _ in wide.tensor_shapes():
@@ -155,6 +160,22 @@ def test_load_dtype_devices_and_grad():
         assert parameter.dtype == torch.float16
         assert parameter.requires_grad
         assert parameter.is_meta == name.startswith("blocks.1.")
+
+
+def test_load_a_part_of_each_tensor():
+    model = meta_model(I2V)
+    source = RandomWeights(I2V)
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(parameter[: parameter.shape[0] // 2]))
+    report = load_weights(
+        model, source, device_of=lambda name: "cpu", part_of=lambda name, shape: Part(0, 0, shape[0] // 2)
+    )
+    for name, parameter in model.named_parameters():
+        whole = source.read(name, device="cpu", dtype=torch.float32)
+        assert torch.equal(parameter, whole[: len(whole) // 2]), name
+    assert report.num_bytes == sum(parameter.nbytes for parameter in model.parameters())
+    assert report.bytes_read == report.bytes_received == 0
 
 
 def test_truncated_model_reads_its_own_names_only():

@@ -29,7 +29,9 @@ def read_peaks(
 ) -> dict[str, dict[str, float]]:
     """Peaks in GiB by device label. owned_bytes: what each device owns, used for logical CPU devices only."""
     if devices[0].type == "cpu":
-        return {device.label: {"peak_allocated_gib": owned_bytes[i] / GIB} for i, device in enumerate(devices)}
+        return {
+            device.label: {"peak_allocated_gib": owned_bytes[i] / GIB} for i, device in enumerate(devices)
+        }
     return {
         device.label: {
             "peak_allocated_gib": torch.cuda.max_memory_allocated(torch_device) / GIB,

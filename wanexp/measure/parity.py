@@ -30,7 +30,10 @@ class Parity:
 
 
 def write_answer(folder: Path, answer: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in answer.items()}, folder / FILE_NAME)
+    save_file(
+        {name: tensor.detach().float().cpu().contiguous() for name, tensor in answer.items()},
+        folder / FILE_NAME,
+    )
 
 
 def compare_answers(answer: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Parity:

@@ -61,7 +61,9 @@ def run_metrics(
     metrics["latency/warmup_s"] = max(report["warmup_s"] for report in reports.values())
     metrics |= _memory_metrics(reports)
     metrics |= _load_metrics(reports)
-    metrics["communication/seam_gib_per_forward"] = sum(r["seam_bytes_per_forward"] for r in reports.values()) / GIB
+    metrics["communication/seam_gib_per_forward"] = (
+        sum(r["seam_bytes_per_forward"] for r in reports.values()) / GIB
+    )
     for name in ("scatter_s", "gather_s"):
         if name in first:
             metrics[f"communication/{name.removesuffix('_s')}_ms"] = first[name] * 1000
@@ -77,7 +79,7 @@ def run_metrics(
 
 
 def _memory_metrics(reports: Mapping[int, Report]) -> dict[str, float]:
-    metrics = {}
+    metrics: dict[str, float] = {}
     peaks = []
     for rank, report in reports.items():
         for label, device_peaks in report["memory"].items():

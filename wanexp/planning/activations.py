@@ -1,6 +1,6 @@
-"""The tensors of a forward pass, in the order in which they come and go: `wan/transformer.py` without the numbers.
+"""The tensors of a forward pass, in the order in which they come and go: `wan/block.py` and `wan/transformer.py` without the numbers.
 
-Written block by block beside that file; where it changes, this must too, and `tests/planning/test_activations.py`
+Written line by line beside those files; where they change, this must too, and `tests/planning/test_activations.py`
 compares the two (live bytes on the CPU, within 5 %). With T tokens, local batch B, U = B T dim elements in the compute
 dtype, W = the same in fp32 and F = B T ffn_dim elements in the compute dtype, the moments that can be the worst are
 
@@ -103,7 +103,12 @@ class Sizes:
 def embed(heap: Heap, s: Sizes) -> tuple[int, int]:
     """Patch and time embedding, on the first device: (hidden states, modulation)."""
     arch = s.arch
-    latent = heap.new(s.latent(arch.in_channels, s.compute) if s.compute < 4 else 0)  # latent.to(weight.dtype)
+    joined = heap.new(
+        s.latent(arch.in_channels) if arch.in_channels > arch.out_channels else 0
+    )  # noise and image
+    latent = heap.new(
+        s.latent(arch.in_channels, s.compute) if s.compute < 4 else 0
+    )  # latent.to(weight.dtype)
     patches = heap.new(s.latent(arch.in_channels, s.compute))  # permuted and made contiguous
     heap.free(latent)
     hidden = heap.new(s.hidden)
@@ -119,7 +124,7 @@ def embed(heap: Heap, s: Sizes) -> tuple[int, int]:
             activated = heap.new(4 * rows * height)  # SiLU
             heap.free(vector, out)
             vector = activated
-    heap.free(vector)
+    heap.free(vector, joined)
     return hidden, out
 
 

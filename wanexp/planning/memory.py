@@ -172,11 +172,7 @@ def denoise_heap(
         heap.new(s.rope)
         heap.new(s.rope)
     for forward in range(forwards):
-        joined = index = 0
         if is_home:
-            arch = s.arch
-            if arch.in_channels > arch.out_channels:
-                joined = heap.new(s.latent(arch.in_channels))  # cat of noise and image, kept by forward()
             index = heap.new(s.timestep_index)
             hidden, modulation = activations.embed(heap, s)
         else:
@@ -195,7 +191,7 @@ def denoise_heap(
             flow = heap.new(s.latent(s.arch.out_channels))
             if forward == forwards - 1:
                 heap.free(flow)
-        heap.free(hidden, modulation, joined, index)
+        heap.free(hidden, modulation, index)
     return heap
 
 
@@ -218,20 +214,15 @@ def _predict_training(
     buckets = gradients if plan.mode == "distributed" else 0
     fresh = 0 if buckets else gradients  # what a backward pass allocates for them
     copies = s.compute * num_weights if s.compute < 4 else 0
-    saved, in_flight = training_block_saved(s), training_block_backward(s)
     is_home = position == plan.block_owner[0]
     kept = sum(_input_bytes(config, s.batch)[:3]) + 2 * s.rope if is_home else 2 * s.rope
     kept += s.latent(arch.out_channels) * 2 + s.batch * arch.text_len * (arch.text_dim + 2 * arch.dim) * 4
     if copies:  # those of the embeddings live until their own backward pass, the last
         kept += copies - s.compute * own_blocks * arch.num_block_parameters()
-    if checkpointing:
-        forward = copies + (own_blocks - 1) * s.fp32 + training_block_forward(s)
-        begins = own_blocks * s.fp32 + saved + in_flight
-        ends = fresh + s.fp32 + saved + in_flight
-    else:
-        forward = copies + own_blocks * saved
-        begins = own_blocks * saved + in_flight
-        ends = fresh + saved + in_flight
+    begins = training_backward_bytes(s, own_blocks, checkpointing)
+    ends = fresh + training_backward_bytes(s, 1, checkpointing)
+    kept_blocks = (own_blocks - 1) * (s.fp32 if checkpointing else s.fp32 + training_block_saved(s))
+    forward = copies + kept_blocks + training_block_forward(s)
     on_cuda = plan.device_type == "cuda"
     step = fresh + (gradients if on_cuda else 0)  # one weight at a time on the CPU
     worst = max(forward, begins, ends, step)
@@ -245,6 +236,17 @@ def _predict_training(
         context=context,
         reserved=int(allocated * TRAIN_FRAGMENTATION),
     )
+
+
+def training_backward_bytes(s: Sizes, num_blocks: int, checkpointing: bool) -> int:
+    """Activations alive as the backward pass of the last of `num_blocks` blocks begins.
+
+    The blocks' inputs; what one block saved (recomputed, or without checkpointing what all of them did, and the last
+    output, which the head keeps); the gradients in flight.
+    """
+    inputs, saved = num_blocks * s.fp32, training_block_saved(s)
+    kept = saved if checkpointing else num_blocks * saved + s.fp32
+    return inputs + kept + training_block_backward(s)
 
 
 def training_block_saved(s: Sizes) -> int:
@@ -268,9 +270,8 @@ def training_block_saved(s: Sizes) -> int:
 
 def training_block_backward(s: Sizes) -> int:
     """Bytes in flight as a block's backward pass begins: gradients of its output, of the FFN, and of ffn.2's weight."""
-    weight = s.arch.dim * s.arch.ffn_dim
-    mixed = s.compute < 4
-    return s.fp32 + s.inner + 4 * weight + ((s.hidden + s.compute * weight) if mixed else 0)
+    cast = s.hidden if s.compute < 4 else 0
+    return s.fp32 + cast + s.inner + 4 * s.arch.dim * s.arch.ffn_dim
 
 
 def training_block_forward(s: Sizes) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from wanexp.config import DeviceProfile, HardwareConfig, ParallelismConfig, RunConfig
 from wanexp.errors import LayoutError, UserError
 from wanexp.hardware.devices import Device
-from wanexp.parallel.layout import REPLICA_MODES
+from wanexp.parallel.layout import REPLICA_MODES, split_by_weight
 from wanexp.planning.memory import GIB, DeviceMemory, predict_memory
 from wanexp.planning.plan import Plan, make_plan
 from wanexp.planning.time import TimePrediction, predict_time
@@ -43,8 +43,10 @@ class Candidate:
     def name(self) -> str:
         """Such as `block_distribution x 4, interleaved`."""
         mode, count = self.parallelism.mode, len(self.devices)
-        placement = self.parallelism.block_placement
-        suffix = f", {placement}" if mode == "block_distribution" and placement != "contiguous" else ""
+        placement, split = self.parallelism.block_placement, self.parallelism.block_split
+        suffix = f", {placement}" if placement != "contiguous" else ""
+        if split:
+            suffix = f", {'+'.join(str(share) for share in split)}"
         return f"{mode} x {count}{suffix}" if count > 1 else mode
 
     @property
@@ -53,6 +55,8 @@ class Candidate:
         words = [f"parallelism={self.parallelism.mode}"]
         if self.parallelism.block_placement != "contiguous":
             words.append(f"parallelism.block_placement={self.parallelism.block_placement}")
+        if split := self.parallelism.block_split:
+            words.append(f"'parallelism.block_split=[{','.join(str(share) for share in split)}]'")
         words.append(f"'gpus=[{','.join(str(device.index) for device in self.devices)}]'")
         return " ".join(words)
 
@@ -113,10 +117,13 @@ class Planned:
 def plan_layouts(config: RunConfig, devices: Sequence[Device], profiles: Profiles) -> Planned:
     """Judge every layout for `config` on `devices`, and rank them. The config's own parallelism is not looked at."""
     by_index = {device.index: profile for device, profile in zip(devices, profiles, strict=True)}
-    candidates = [
-        judge(config, parallelism, chosen, [by_index[device.index] for device in chosen])
-        for parallelism, chosen in layouts(devices)
-    ]
+    candidates = []
+    for parallelism, chosen in layouts(devices):
+        known = [by_index[device.index] for device in chosen]
+        candidates.append(judge(config, parallelism, chosen, known))
+        if split := fitted_split(candidates[-1]):
+            fitted = dataclasses.replace(parallelism, block_split=split)
+            candidates.append(judge(config, fitted, chosen, known))
     feasible = [candidate for candidate in candidates if not candidate.rejection]
     rejected = [candidate for candidate in candidates if candidate.rejection]
     feasible.sort(key=RANKINGS[config.objective])
@@ -133,12 +140,29 @@ def layouts(devices: Sequence[Device]) -> Iterator[tuple[ParallelismConfig, tupl
             yield ParallelismConfig(mode=mode, dp=count), _in_order(by_memory[:count])
     for count in counts:
         chosen = _in_order(by_memory[:count])
-        even = len({device.free_bytes // 2**28 for device in chosen}) == 1  # alike to 256 MiB
-        for placement in ("contiguous", "interleaved") if even else ("contiguous", "memory", "interleaved"):
-            parallelism = ParallelismConfig(
-                mode="block_distribution", blocks=count, block_placement=placement
-            )
-            yield parallelism, chosen
+        for placement in ("contiguous", "interleaved"):
+            yield ParallelismConfig("block_distribution", blocks=count, block_placement=placement), chosen
+
+
+def fitted_split(even: Candidate) -> list[int] | None:
+    """Blocks for each GPU in proportion to the memory that is left for them, where equal shares do not fit.
+
+    Left: free memory less all that is there without blocks (activations, context, embeddings and head).
+    """
+    if not even.rejection or not even.plan or even.parallelism.block_placement != "contiguous":
+        return None
+    blocks, owner = len(even.plan.block_owner), even.plan.block_owner
+    if even.plan.layout.blocks < 2:
+        return None
+    block_bytes = min(entry.weights // owner.count(position) for position, entry in enumerate(even.memory))
+    rooms = [
+        device.free_bytes - entry.needed + owner.count(position) * block_bytes
+        for position, (device, entry) in enumerate(zip(even.devices, even.memory, strict=True))
+    ]
+    if min(rooms) < block_bytes:
+        return None
+    split = split_by_weight(blocks, rooms)
+    return split if split != [owner.count(position) for position in range(len(rooms))] else None
 
 
 def _in_order(devices: Sequence[Device]) -> tuple[Device, ...]:
@@ -154,12 +178,15 @@ def judge(
         plan = make_plan(asked, devices)
     except LayoutError as error:
         return Candidate(parallelism, tuple(devices), rejection=str(error))
-    memory = predict_memory(asked, plan, context_bytes=_context_bytes(profiles))
+    memory = predict_memory(asked, plan, context_bytes=context_bytes(config.hardware, profiles))
     time = predict_time(asked, plan, profiles)
     return Candidate(parallelism, tuple(devices), shortage(devices, memory), plan, memory, time)
 
 
-def _context_bytes(profiles: Profiles) -> int | None:
+def context_bytes(hardware: HardwareConfig, profiles: Profiles) -> int | None:
+    """The CUDA context's size where a profile has it: of an enforced card, that card's."""
+    if hardware.enforce_memory:
+        profiles = [hardware.device]
     known = [profile.context_gib for profile in profiles if profile and profile.context_gib]
     return round(max(known) * GIB) if known else None
 
@@ -169,7 +196,11 @@ def shortage(devices: Sequence[Device], memory: Sequence[DeviceMemory]) -> str:
     if devices[0].type == "cpu":
         needed, free = sum(entry.needed for entry in memory), min(device.free_bytes for device in devices)
         return f"needs {_gib(needed)} GiB of host memory, {_gib(free)} free" if needed > free else ""
-    short = [(device, entry) for device, entry in zip(devices, memory, strict=True) if entry.needed > device.free_bytes]
+    short = [
+        (device, entry)
+        for device, entry in zip(devices, memory, strict=True)
+        if entry.needed > device.free_bytes
+    ]
     if not short:
         return ""
     alike = len({(entry.needed, device.free_bytes) for device, entry in short}) == 1
@@ -204,9 +235,9 @@ def _memory_key(candidate: Candidate) -> tuple[Any, ...]:
     return max(entry.needed for entry in candidate.memory), candidate.time.step_s
 
 
-def _rounded(seconds: float) -> str:
-    """Two significant digits in a form that sorts as the number does: predictions are no better than that."""
-    return f"{seconds:020.9f}" if seconds <= 0 else f"{float(f'{seconds:.2g}'):020.9f}"
+def _rounded(number: float) -> float:
+    """Two significant digits: predictions are no better than that."""
+    return float(f"{number:.2g}")
 
 
 RANKINGS: dict[str, Callable[[Candidate], tuple[Any, ...]]] = {

@@ -20,7 +20,14 @@ from wanexp.planning.plan import Plan, RankPlan, forwards_per_step
 # Achieved share of the datasheet's peak, from H200 (shared speed measurements of 2026-11-22, eager, bf16): GEMM at Wan
 # shapes 789 of 989 TFLOP/s, cuDNN attention 576 of 989, P2P 394 of 450 GB/s, and elementwise kernels (mixed dtypes,
 # strided RoPE) what is left of an eager 14B forward at 480p (3241 ms): 2285 of 4800 GB/s.
-FRACTIONS = {"gemm": 0.80, "attention": 0.58, "elementwise": 0.476, "p2p": 0.87, "staged": 0.4, "fp32_attention": 0.5}
+FRACTIONS = {
+    "gemm": 0.80,
+    "attention": 0.58,
+    "elementwise": 0.476,
+    "p2p": 0.87,
+    "staged": 0.4,
+    "fp32_attention": 0.5,
+}
 BLOCK_KERNELS = 62  # launches in one block's forward, counted in transformer.py
 LAUNCH_US = 6.0  # a kernel launch of eager PyTorch: the floor of a small model
 LATENCY_US = 15.0  # of a copy between devices
@@ -69,7 +76,10 @@ def rates_of(profile: DeviceProfile | None, dtype: str, *, has_p2p: bool = True)
     bandwidth = pick("memory_bandwidth_gb_s") or GENERIC.memory_bandwidth_gb_s
     attention_share = FRACTIONS["fp32_attention" if fp32 else "attention"]
     gemm, attention = (None, None) if fp32 else measured[:2]
-    link = pick("p2p_gb_s") or (pick("link_gb_s") or GENERIC.link_gb_s) * FRACTIONS["p2p" if has_p2p else "staged"]
+    link = (
+        pick("p2p_gb_s")
+        or (pick("link_gb_s") or GENERIC.link_gb_s) * FRACTIONS["p2p" if has_p2p else "staged"]
+    )
     return Rates(
         gemm=(gemm or peak * FRACTIONS["gemm"]) * 1e12,
         attention=(attention or peak * attention_share) * 1e12,
@@ -120,9 +130,7 @@ def outer_seconds(s: Sizes, rates: Rates) -> float:
     return num_bytes / rates.elementwise + 40 * rates.launch_s
 
 
-def predict_time(
-    config: RunConfig, plan: Plan, profiles: Sequence[DeviceProfile | None]
-) -> TimePrediction:
+def predict_time(config: RunConfig, plan: Plan, profiles: Sequence[DeviceProfile | None]) -> TimePrediction:
     """profiles: what is known of each of `plan.devices`."""
     rates = [
         rates_of(profile, config.precision.dtype, has_p2p=_has_p2p(device, plan.devices))

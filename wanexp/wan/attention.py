@@ -1,4 +1,9 @@
-"""Attention kernels by name. Each takes and gives [batch, tokens, heads, head_dim] and supports autograd."""
+"""Attention kernels by name. Each takes and gives [batch, tokens, heads, head_dim].
+
+`attention_function` gives the kernel of a model, which supports autograd. `attention_with_lse` gives the same kernel
+together with the log-sum-exp of each row of scores, by which results over several parts of the keys can be merged; it
+calls the PyTorch operators below scaled_dot_product_attention, for only they return it, and is for inference.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +17,9 @@ from wanexp.errors import UserError
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [batch, tokens, heads, head_dim], k and v [batch, keys, heads, head_dim] -> the shape of q. No mask."""
+
+AttentionWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""As AttentionFunction, and beside its result fp32 [batch, heads, tokens]: log(sum over keys of exp(scaled score))."""
 
 SDPA_BACKENDS = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
@@ -38,10 +46,29 @@ def attention_function(name: str) -> AttentionFunction:
 
     Raises UserError for an unknown name.
     """
-    if name == "auto":
-        return _attend_auto
-    _check_name(name)
-    return partial(_attend_sdpa, name=name)
+    if name != "auto":
+        _check_name(name)
+    return partial(_attend, name=name)
+
+
+def attention_with_lse(name: str) -> AttentionWithLse:
+    """The kernel called `name`, as of `attention_function`, that returns its log-sum-exp too. No autograd.
+
+    Raises UserError for an unknown name, and when called with inputs that the kernel cannot take.
+    """
+    if name != "auto":
+        _check_name(name)
+    return partial(_attend_with_lse, name=name)
+
+
+def kernel_name(attend: AttentionFunction) -> str:
+    """The name that `attention_function` was given to make `attend`.
+
+    Raises UserError for a function that it did not make.
+    """
+    if isinstance(attend, partial) and attend.func is _attend:
+        return attend.keywords["name"]
+    raise UserError(f"an attention kernel with a name is wanted, as of attention_function; found {attend!r}")
 
 
 def choose_attention(
@@ -80,7 +107,8 @@ def _check_name(name: str) -> None:
         raise UserError(f"unknown attention kernel {name!r}; write one of: auto, {', '.join(SDPA_BACKENDS)}")
 
 
-def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, *, name: str) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, name: str) -> Tensor:
+    name = _resolve(name, q)
     try:
         # The permitted backends are a setting of the whole process: two threads must not attend at once.
         with sdpa_kernel(SDPA_BACKENDS[name]):
@@ -88,19 +116,85 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, *, name: str) -> Tensor:
     except RuntimeError as error:
         if not any(refusal in str(error).lower() for refusal in _REFUSALS):
             raise
-        raise UserError(
-            f"attention={name} cannot run on {q.device.type} with {str(q.dtype).removeprefix('torch.')} and "
-            f"head_dim {q.shape[-1]}; write attention=auto, or another of: {', '.join(SDPA_BACKENDS)}"
-        ) from error
+        raise _refusal(name, q) from error
     return out.transpose(1, 2)
 
 
-def _attend_auto(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    name = choose_attention(
-        "auto",
+def _resolve(name: str, q: Tensor) -> str:
+    return choose_attention(
+        name,
         device_type=q.device.type,
         dtype=q.dtype,
         head_dim=q.shape[-1],
         compute_capability=torch.cuda.get_device_capability(q.device) if q.is_cuda else None,
     )
-    return _attend_sdpa(q, k, v, name=name)
+
+
+def _refusal(name: str, q: Tensor) -> UserError:
+    return UserError(
+        f"attention={name} cannot run on {q.device.type} with {str(q.dtype).removeprefix('torch.')} and "
+        f"head_dim {q.shape[-1]}; write attention=auto, or another of: {', '.join(SDPA_BACKENDS)}"
+    )
+
+
+def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
+    name = _resolve(name, q)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if not _can_run(name, q, k, v):
+        raise _refusal(name, q)
+    out, lse = _WITH_LSE[name](q, k, v)
+    # [batch, heads, tokens], to which cuDNN adds an axis of 1 and the efficient kernel tokens up to a multiple of 32.
+    lse = lse.reshape(*q.shape[:2], -1)[..., : q.shape[2]]
+    return out.transpose(1, 2), lse.float()
+
+
+def _can_run(name: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a kernel takes these inputs: asked first, for the bare operators do not check all they rely on."""
+    if name == "sdpa_math":
+        return True
+    if not q.is_cuda:
+        return q.device.type == "cpu" and name == "sdpa_flash" and q.is_floating_point()
+    checks = {
+        "sdpa_flash": torch.backends.cuda.can_use_flash_attention,
+        "sdpa_cudnn": torch.backends.cuda.can_use_cudnn_attention,
+        "sdpa_efficient": torch.backends.cuda.can_use_efficient_attention,
+    }
+    return checks[name](torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False))
+
+
+# Below, q, k, v and the result are [batch, heads, tokens, head_dim]. The operators agree in PyTorch 2.11 and 2.13.
+
+
+def _flash_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if not q.is_cuda:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    head_dim = q.shape[-1]
+    if padding := -head_dim % 8:  # scaled_dot_product_attention does this before it calls the operator
+        q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=head_dim**-0.5)
+    return out[..., :head_dim], lse
+
+
+def _cudnn_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+    return out, lse
+
+
+def _efficient_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    return out, lse
+
+
+def _math_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(dtype) * q.shape[-1] ** -0.5) @ k.to(dtype).transpose(-1, -2)
+    lse = scores.logsumexp(-1)
+    return ((scores - lse.unsqueeze(-1)).exp() @ v.to(dtype)).to(q.dtype), lse
+
+
+_WITH_LSE: dict[str, AttentionWithLse] = {
+    "sdpa_flash": _flash_with_lse,
+    "sdpa_cudnn": _cudnn_with_lse,
+    "sdpa_efficient": _efficient_with_lse,
+    "sdpa_math": _math_with_lse,
+}

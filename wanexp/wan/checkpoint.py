@@ -24,7 +24,9 @@ from wanexp.wan.key_names import Naming, is_marker, recognise, scaled_weight_of,
 from wanexp.wan.safetensors_format import (
     TORCH_DTYPES,
     Header,
+    Part,
     StoredTensor,
+    part_bytes,
     read_header,
     read_tensor,
 )
@@ -58,19 +60,28 @@ class Checkpoint:
     scales: Mapping[str, StoredTensor]
     headers: tuple[Header, ...]
 
-    def read(self, name: str, *, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+    def read(
+        self, name: str, *, device: torch.device | str, dtype: torch.dtype, part: Part | None = None
+    ) -> torch.Tensor:
         """The tensor of native `name`, dequantised, converted to `dtype` on `device`, in memory of its own.
 
-        Raises CheckpointError for an unknown name or a file that has changed since it was opened.
+        With `part` that part of it, and only its bytes are read. Raises CheckpointError for an unknown name or a
+        file that has changed since it was opened.
         """
         if name not in self.tensors:
             raise CheckpointError(f"{_place(self.files)} has no tensor {name}")
         device = torch.device(device)
-        tensor = read_tensor(self.tensors[name], device)
+        tensor = read_tensor(self.tensors[name], device, part)
         if name in self.scales:
             scale = read_tensor(self.scales[name], device).to(torch.float32).reshape(())
             tensor = tensor.to(torch.float32).mul_(scale)
         return tensor.to(dtype)
+
+    def stored_bytes(self, name: str, part: Part | None = None) -> int:
+        """Bytes that `read` of the same arguments takes from the files; a scale counts with every part."""
+        scale = self.scales[name].num_bytes if name in self.scales else 0
+        num_bytes = part_bytes(self.tensors[name], part)
+        return num_bytes + scale if num_bytes else 0
 
     def expect(self, architecture: WanArchitecture) -> None:
         """Raises CheckpointError, naming the fields that differ, if this is another architecture.

@@ -6,9 +6,13 @@ written tensor by tensor. Every number in a header is checked before it is used.
 """
 
 import ctypes
+import dataclasses
 import json
+import math
+import mmap
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +39,36 @@ _ITEM_BYTES = {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} | {
     **dict.fromkeys(("U32", "I32"), 4),
     **dict.fromkeys(("U64", "I64"), 8),
 }
+
+
+@dataclass(frozen=True)
+class Part:
+    """The elements `start` to `stop` - 1 of a tensor along `dim`, all of the other dimensions.
+
+    The whole of a tensor is always written as `Part.whole(shape)`, so that equal parts compare equal. An empty part
+    (`start` == `stop`) says that nothing of the tensor is held.
+    """
+
+    dim: int
+    start: int
+    stop: int
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> "Part":
+        return cls(0, 0, shape[0])
+
+    @property
+    def is_empty(self) -> bool:
+        return self.start == self.stop
+
+    def shape_in(self, whole: Sequence[int]) -> tuple[int, ...]:
+        """The shape of this part of a tensor of shape `whole`."""
+        assert 0 <= self.start <= self.stop <= whole[self.dim], (self, whole)
+        return (*whole[: self.dim], self.stop - self.start, *whole[self.dim + 1 :])
+
+    def cut(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This part of `tensor`, as a view."""
+        return tensor.narrow(self.dim, self.start, self.stop - self.start)
 
 
 @dataclass(frozen=True)
@@ -92,13 +126,19 @@ def read_header(file: Path) -> Header:
     return Header(tensors, metadata, raw, file_bytes)
 
 
-def read_tensor(stored: StoredTensor, device: torch.device) -> torch.Tensor:
-    """The tensor as stored (shape and dtype of `stored`), in memory of its own on `device`.
+def read_tensor(stored: StoredTensor, device: torch.device, part: Part | None = None) -> torch.Tensor:
+    """The tensor, or a part of it, as stored (dtype of `stored`), in memory of its own on `device`.
 
-    Host memory in use: nothing beside the result on a CPU, a few pinned buffers of STAGING_BYTES for a GPU.
-    Raises CheckpointError if the file has changed since its header was read.
+    Only the bytes of the part are read. Host memory in use: nothing beside the result on a CPU, a few pinned buffers
+    of STAGING_BYTES for a GPU. Raises CheckpointError if the file has changed since its header was read.
     """
+    if part is not None:
+        if math.prod(stored.shape[: part.dim]) > 1:
+            return _read_strided(stored, device, part)
+        stored = _contiguous_part(stored, part)
     tensor = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype], device=device)
+    if not stored.num_bytes:
+        return tensor
     target = tensor.reshape(-1).view(torch.uint8)
     try:
         with stored.file.open("rb", buffering=0) as stream:
@@ -107,14 +147,73 @@ def read_tensor(stored: StoredTensor, device: torch.device) -> torch.Tensor:
                 _read_exactly(stream, target, stored)
                 return tensor
             for start in range(0, stored.num_bytes, STAGING_BYTES):
-                part = target[start : start + STAGING_BYTES]
+                piece = target[start : start + STAGING_BYTES]
                 # torch's pinned allocator gives a buffer out again only after the copy that reads it has
                 # ended, so the disk and the link work at the same time and the buffers are few.
-                staging = torch.empty(part.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+                staging = torch.empty(piece.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
                 _read_exactly(stream, staging, stored)
-                part.copy_(staging, non_blocking=device.type == "cuda")
+                piece.copy_(staging, non_blocking=device.type == "cuda")
     except OSError as error:
         raise CheckpointError(f"cannot read {stored.file}: {error.strerror or error}") from error
+    return tensor
+
+
+def part_bytes(stored: StoredTensor, part: Part | None = None) -> int:
+    """Bytes of the file that a part (None: all) of the tensor takes."""
+    if part is None:
+        return stored.num_bytes
+    return math.prod(part.shape_in(stored.shape)) * _ITEM_BYTES[stored.dtype]
+
+
+def _contiguous_part(stored: StoredTensor, part: Part) -> StoredTensor:
+    """The part as a tensor of its own, where no dimension before the part's has more than one element."""
+    skipped = part_bytes(stored, Part(part.dim, 0, part.start))
+    return dataclasses.replace(
+        stored,
+        shape=part.shape_in(stored.shape),
+        offset=stored.offset + skipped,
+        num_bytes=part_bytes(stored, part),
+    )
+
+
+def _read_strided(stored: StoredTensor, device: torch.device, part: Part) -> torch.Tensor:
+    """A part whose bytes lie apart in the file, one run of them a row (a matrix's columns)."""
+    # Through a mapping of the file: a system call for each row (600,000 for a 14B model) would take longer than the
+    # copy. The pages are the page cache's own, so no anonymous memory grows.
+    tensor = torch.empty(part.shape_in(stored.shape), dtype=TORCH_DTYPES[stored.dtype], device=device)
+    num_rows = math.prod(stored.shape[: part.dim])
+    row_bytes = stored.num_bytes // num_rows
+    begin = part_bytes(stored, Part(part.dim, 0, part.start)) // num_rows
+    width = part_bytes(stored, part) // num_rows
+    if not width:
+        return tensor
+    target = tensor.view(-1).view(torch.uint8).view(num_rows, width)
+    map_start = stored.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    try:
+        with stored.file.open("rb", buffering=0) as stream:
+            # Reading a mapping behind the end of its file kills the process: look before.
+            if os.fstat(stream.fileno()).st_size < stored.offset + stored.num_bytes:
+                raise CheckpointError(f"{stored.file} is truncated: it ends inside {stored.name}")
+            mapped = mmap.mmap(
+                stream.fileno(),
+                stored.offset + stored.num_bytes - map_start,
+                access=mmap.ACCESS_COPY,  # torch wants a buffer that may be written; nobody does
+                offset=map_start,
+            )
+    except OSError as error:
+        raise CheckpointError(f"cannot read {stored.file}: {error.strerror or error}") from error
+    rows = torch.frombuffer(
+        mapped, dtype=torch.uint8, count=stored.num_bytes, offset=stored.offset - map_start
+    ).view(num_rows, row_bytes)[:, begin : begin + width]
+    if device.type == "cpu":
+        target.copy_(rows)
+        return tensor
+    step = max(1, STAGING_BYTES // width)
+    for first in range(0, num_rows, step):
+        chunk = rows[first : first + step]
+        staging = torch.empty(chunk.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        staging.copy_(chunk)
+        target[first : first + step].copy_(staging, non_blocking=device.type == "cuda")
     return tensor
 
 

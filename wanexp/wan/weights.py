@@ -16,6 +16,7 @@ from torch import nn
 from wanexp.errors import CheckpointError
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.checkpoint import open_checkpoint, open_experts
+from wanexp.wan.safetensors_format import Part
 
 if TYPE_CHECKING:
     from wanexp.wan.transformer import WanTransformer
@@ -31,8 +32,14 @@ class WeightSource(Protocol):
     @property
     def architecture(self) -> WanArchitecture: ...
 
-    def read(self, name: str, *, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
-        """The whole tensor `name` as `dtype` on `device`, in memory of its own."""
+    def read(
+        self, name: str, *, device: torch.device | str, dtype: torch.dtype, part: Part | None = None
+    ) -> torch.Tensor:
+        """The tensor `name`, or a part of it, as `dtype` on `device`, in contiguous memory of its own."""
+        ...
+
+    def stored_bytes(self, name: str, part: Part | None = None) -> int:
+        """Bytes that `read` of the same arguments takes from files; 0 if it takes none."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -52,23 +59,40 @@ class RandomWeights:
     architecture: WanArchitecture
     seed: int = 0
 
-    def read(self, name: str, *, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor of native `name`. Temporaries take 256 MiB at most.
+    def read(
+        self, name: str, *, device: torch.device | str, dtype: torch.dtype, part: Part | None = None
+    ) -> torch.Tensor:
+        """The tensor of native `name`, or a part of it. Temporaries take 256 MiB at most.
 
         Raises CheckpointError for an unknown name.
         """
         shape = self._shapes.get(name)
         if shape is None:
             raise CheckpointError(f"this architecture has no tensor {name}")
+        part = part or Part.whole(shape)
         mean, std = _distribution(name, shape, self.architecture.dim)
-        tensor = torch.empty(shape, dtype=dtype, device=device)
-        flat = tensor.view(-1)
+        tensor = torch.empty(part.shape_in(shape), dtype=dtype, device=device)
         chunk = _CHUNK.get(tensor.device.type, 2**20)
-        for start in range(0, flat.numel(), chunk):
-            part = flat[start : start + chunk]
-            hashed = _hash_range(self.seed, name, start, start + part.numel(), tensor.device)
-            part.copy_(_to_uniform(hashed, mean, std))
+
+        def values(start: int, stop: int) -> torch.Tensor:
+            return _to_uniform(_hash_range(self.seed, name, start, stop, tensor.device), mean, std)
+
+        row = math.prod(shape[1:])
+        if part.dim == 0:
+            flat, first = tensor.view(-1), part.start * row
+            for start in range(0, flat.numel(), chunk):
+                stop = min(start + chunk, flat.numel())
+                flat[start:stop].copy_(values(first + start, first + stop))
+        elif not part.is_empty:  # columns: whole rows are made and cut
+            step = max(1, chunk // row)
+            for start in range(0, shape[0], step):
+                stop = min(start + step, shape[0])
+                rows = values(start * row, stop * row).view(stop - start, *shape[1:])
+                tensor[start:stop].copy_(part.cut(rows))
         return tensor
+
+    def stored_bytes(self, name: str, part: Part | None = None) -> int:
+        return 0
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -80,11 +104,17 @@ class RandomWeights:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading cost. `num_bytes` counts the parameters as they lie on the devices."""
+    """What loading cost this rank.
+
+    `num_bytes` counts the parameters as they lie on its devices, `bytes_read` what it took from files and
+    `bytes_received` what other ranks read for it (`parallel.loading`).
+    """
 
     num_tensors: int
     num_bytes: int
     seconds: float
+    bytes_read: int = 0
+    bytes_received: int = 0
 
 
 def expert_seed(seed: int, expert: int) -> int:
@@ -115,31 +145,45 @@ def load_weights(
     dtype: torch.dtype | None = None,
     requires_grad: bool = False,
     on_tensor: Callable[[str, int], None] | None = None,
+    part_of: Callable[[str, tuple[int, ...]], Part] | None = None,
 ) -> LoadReport:
     """Replaces every parameter of `model` (built on meta) by a real one on the device that owns it.
 
     Only the names that the model has are read, so a model cut down to a few blocks loads from a whole
     checkpoint. `device_of` maps a parameter's name to its device; `dtype` None keeps the dtype that each
-    parameter has on meta. `on_tensor(name, num_bytes)` is called after each. Raises CheckpointError, before
-    anything is read, if the source lacks a name or has another shape.
+    parameter has on meta. `on_tensor(name, num_bytes)` is called after each. `part_of(name, whole shape)` is what
+    this model holds of a tensor where it was cut for tensor parallel or FSDP (a parameter that is a DTensor stays
+    one); None: all of each. Raises CheckpointError, before anything is read, if the source lacks a name or has
+    another shape.
     """
     start = time.perf_counter()
     wanted = dict(model.named_parameters())
-    _check_fit({name: tuple(parameter.shape) for name, parameter in wanted.items()}, source)
-    num_bytes = 0
+    held = dict(source.architecture.tensor_shapes())
+    parts = {name: (part_of or _whole)(name, held[name]) for name in wanted if name in held}
+    _check_fit(
+        {name: tuple(local_tensor(parameter).shape) for name, parameter in wanted.items()},
+        {name: part.shape_in(held[name]) for name, part in parts.items()},
+    )
+    num_bytes = bytes_read = 0
     devices = set()
     for name, parameter in wanted.items():
-        tensor = source.read(name, device=device_of(name), dtype=dtype or parameter.dtype)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=requires_grad))
+        tensor = source.read(name, device=device_of(name), dtype=dtype or parameter.dtype, part=parts[name])
+        _replace_parameter(model, name, tensor, requires_grad)
         num_bytes += tensor.nbytes
+        bytes_read += source.stored_bytes(name, parts[name])
         devices.add(tensor.device)
         if on_tensor:
             on_tensor(name, tensor.nbytes)
     for device in devices:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # copies run behind the host; the time must contain them
-    return LoadReport(len(wanted), num_bytes, time.perf_counter() - start)
+    return LoadReport(len(wanted), num_bytes, time.perf_counter() - start, bytes_read)
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of `tensor`: the local shard of a DTensor, else the tensor itself."""
+    # Asked so that DTensor, slow to import, is not imported where none is used.
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def load_transformer(
@@ -158,13 +202,35 @@ def load_transformer(
     return model.eval()
 
 
-def _check_fit(wanted: dict[str, tuple[int, ...]], source: WeightSource) -> None:
-    held = dict(source.architecture.tensor_shapes())
+def _whole(_name: str, shape: tuple[int, ...]) -> Part:
+    return Part.whole(shape)
+
+
+def _check_fit(wanted: dict[str, tuple[int, ...]], held: dict[str, tuple[int, ...]]) -> None:
     for name, shape in wanted.items():
         if name not in held:
             raise CheckpointError(f"the model needs {name}, which the weights do not have")
         if held[name] != shape:
             raise CheckpointError(f"the model's {name} is {list(shape)}, the weights have {list(held[name])}")
+
+
+def _replace_parameter(model: nn.Module, name: str, tensor: torch.Tensor, requires_grad: bool) -> None:
+    """Puts `tensor` in the place of parameter `name`; where that is a DTensor, as its local shard."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    parameter = getattr(module, leaf)
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import DTensor
+
+        tensor = DTensor.from_local(
+            tensor,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad=requires_grad))
 
 
 def _distribution(name: str, shape: tuple[int, ...], dim: int) -> tuple[float, float]:

@@ -1,0 +1,106 @@
+"""From reports to metrics, by hand numbers."""
+
+import pytest
+
+from tests.conftest import Composer, cpu_devices
+from wanexp.measure.results import GIB, latency_metrics, run_metrics
+from wanexp.planning.plan import make_plan
+
+
+def report(step_s: list[float], label: str, **changes) -> dict:
+    return {
+        "step_s": step_s,
+        "forward_s": [step / 2 for step in step_s for _ in range(2)],
+        "forwards_per_step": 2,
+        "warmup_s": 3.0,
+        "load": {"seconds": 2.0, "num_bytes": GIB, "anonymous_growth_bytes": GIB // 4},
+        "memory": {label: {"peak_allocated_gib": 4.0, "peak_reserved_gib": 5.0}},
+        "weight_gib": [1.0],
+        "peak_rss_gib": 0.5,
+        "seam_bytes_per_forward": 0.0,
+        "losses": [],
+    } | changes
+
+
+@pytest.fixture
+def config(run_config: Composer):
+    return run_config("parallelism=data_parallel", "workload.batch_size=3", "model.sampling_steps=10")
+
+
+@pytest.fixture
+def plan(config):
+    return make_plan(config, cpu_devices(2))
+
+
+def test_latency_and_throughput(config, plan):
+    metrics = latency_metrics(config, plan, [2.0, 4.0, 3.0])
+    assert metrics["latency/step_ms"] == 3000.0
+    assert (metrics["latency/step_ms_min"], metrics["latency/step_ms_max"]) == (2000.0, 4000.0)
+    assert metrics["latency/step_ms_iqr"] == 1000.0 and metrics["latency/num_samples"] == 3
+    assert metrics["throughput/samples_per_second"] == 1.0
+    # a video of 10 steps: 3 videos in 30 s, 5 frames each
+    assert metrics["throughput/videos_per_hour"] == pytest.approx(360.0)
+    assert metrics["throughput/frames_per_second"] == pytest.approx(0.5)
+    assert latency_metrics(config, plan, []) == {}
+
+
+def test_training_makes_no_videos(run_config: Composer):
+    config = run_config("workload=train")
+    metrics = latency_metrics(config, make_plan(config, cpu_devices(1)), [1.0])
+    assert not [name for name in metrics if "video" in name or "frames" in name]
+
+
+def test_all_metrics(config, plan):
+    slow = report(
+        [1.0, 4.0],
+        "cpu1",
+        load={"seconds": 4.0, "num_bytes": GIB, "anonymous_growth_bytes": GIB},
+        memory={"cpu1": {"peak_allocated_gib": 6.0}},
+        peak_rss_gib=0.7,
+        seam_bytes_per_forward=float(GIB),
+        warmup_s=7.0,
+    )
+    first = report([2.0, 2.0], "cpu0", scatter_s=0.25, gather_s=0.5)
+    metrics = run_metrics(config, plan, {0: first, 1: slow}, peak_tflops=1.0)
+    expected = {
+        "latency/step_ms": 3000.0,  # the slower rank's: 2 and 4
+        "latency/forward_ms": 1250.0,  # median of 0.5, 0.5, 2, 2
+        "latency/warmup_s": 7.0,
+        "throughput/tokens_per_second": 3 * 32 * 2 / 3.0,
+        "memory/peak_allocated_gib": 6.0,
+        "memory/cpu0/peak_allocated_gib": 4.0,
+        "memory/cpu0/peak_reserved_gib": 5.0,
+        "memory/cpu1/peak_allocated_gib": 6.0,
+        "memory/cpu1/weights_gib": 1.0,
+        "memory/rank0/peak_rss_gib": 0.5,
+        "memory/rank1/peak_rss_gib": 0.7,
+        "load/seconds": 4.0,
+        "load/gib": 2.0,
+        "load/gib_per_second": 0.5,
+        "load/anonymous_growth_gib": 1.0,
+        "communication/seam_gib_per_forward": 1.0,
+        "communication/scatter_ms": 250.0,
+        "communication/gather_ms": 500.0,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    flops = config.model.architecture.forward_flops(32) * 2 * 3
+    assert metrics["mfu"] == pytest.approx(flops / (3.0 * 2 * 1e12))
+    assert "train/loss" not in metrics
+
+
+def test_no_mfu_without_a_known_peak(config, plan):
+    reports = {0: report([1.0], "cpu0"), 1: report([1.0], "cpu1")}
+    assert "mfu" not in run_metrics(config, plan, reports, peak_tflops=None)
+
+
+def test_training_counts_the_backward_pass_and_joins_the_losses(run_config: Composer):
+    config = run_config("workload=train", "parallelism=distributed", "workload.batch_size=4")
+    plan = make_plan(config, cpu_devices(2))
+    reports = {
+        rank: report([1.0], f"cpu{rank}", forwards_per_step=1, losses=[9.0, loss])
+        for rank, loss in ((0, 1.0), (1, 3.0))
+    }
+    metrics = run_metrics(config, plan, reports, peak_tflops=1.0)
+    assert metrics["train/loss"] == 2.0
+    flops = config.model.architecture.forward_flops(32) * 4 * 3
+    assert metrics["mfu"] == pytest.approx(flops / 2e12)

@@ -1,0 +1,112 @@
+"""The trace of a forward against the real transformer: live bytes on the CPU."""
+
+import pytest
+import torch
+
+from tests.planning.live_bytes import LiveBytes
+from wanexp.planning import activations
+from wanexp.planning.activations import Sizes
+from wanexp.planning.heap import Heap
+from wanexp.planning.memory import training_backward_bytes
+from wanexp.wan.architecture import WanArchitecture
+from wanexp.wan.transformer import WanTransformer
+
+ARCHITECTURES = {
+    "wan_14b_proportions": dict(
+        dim=256, ffn_dim=691, num_heads=2
+    ),  # ffn 2.7 x dim: the FFN is the worst moment
+    "small_ffn": dict(dim=256, ffn_dim=512, num_heads=4),  # the second norm is
+    "wan_1.3b_proportions": dict(dim=256, ffn_dim=1493, num_heads=2),
+    "i2v": dict(dim=256, ffn_dim=691, num_heads=2, in_channels=36, clip_tokens=257),
+}
+GRIDS = {"long": (1, (5, 20, 16)), "two_samples": (2, (3, 8, 8))}
+
+
+def architecture(name: str, **changes: int) -> WanArchitecture:
+    return WanArchitecture(**(dict(num_layers=2, text_dim=64, freq_dim=32) | ARCHITECTURES[name] | changes))
+
+
+def traced_peak(s: Sizes) -> int:
+    heap = Heap()
+    hidden, _ = activations.embed(heap, s)
+    for number in range(s.arch.num_layers):
+        hidden = activations.block(heap, s, hidden, first=number == 0)
+    activations.head(heap, s, hidden)
+    return heap.peak
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "bfloat16, fp32 residual"])
+@pytest.mark.parametrize("per_token", [False, True], ids=["per_sample", "per_token"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_forward_peak_is_that_of_the_real_transformer(name, per_token, dtype, grid):
+    batch, (frames, rows, columns) = GRIDS[grid]
+    arch = architecture(name)
+    compute = getattr(torch, dtype.split(",")[0])
+    residual = torch.float32 if "residual" in dtype else None
+    model = WanTransformer(arch, dtype=compute, residual=residual).eval()
+    model.set_attention("sdpa_flash")
+    latent = torch.randn(batch, 16, frames, 2 * rows, 2 * columns)
+    timestep = torch.full((batch, frames, rows * columns), 500.0)
+    timestep[:, 0] = 0.0
+    image = torch.randn(batch, 20, *latent.shape[2:]) if arch.in_channels == 36 else None
+    arguments = (latent, timestep.flatten(1) if per_token else timestep[:, 1, 0])
+    context = torch.randn(batch, arch.clip_tokens + arch.text_len, arch.dim).to(compute)
+    with torch.inference_mode():
+        model(*arguments, image_latent=image, context=context)  # builds the RoPE tables
+        with LiveBytes() as tracker:
+            model(*arguments, image_latent=image, context=context)
+    sizes = Sizes(
+        arch,
+        batch,
+        (frames, rows, columns),
+        compute=compute.itemsize,
+        residual=4 if residual else compute.itemsize,
+        distinct_timesteps=2 if per_token else 0,
+    )
+    assert traced_peak(sizes) == pytest.approx(tracker.peak, rel=0.01)
+
+
+def test_the_worst_moments_are_those_of_the_docstring():
+    s = Sizes(
+        architecture("wan_14b_proportions", num_layers=1, dim=5120, ffn_dim=13824, num_heads=40),
+        1,
+        (21, 30, 52),
+    )
+    heap = Heap()
+    activations.block(heap, s, heap.new(s.stream))
+    # U = 32,760 x 5120 x 2 = 335,462,400; F = 32,760 x 13,824 x 2 = 905,748,480; 3 U + 2 F = 2,817,884,160
+    assert heap.peak - s.modulation == 3 * s.hidden + 2 * s.inner == 2_817_884_160
+    narrow = Sizes(architecture("small_ffn"), 1, (21, 30, 52))
+    heap = Heap()
+    activations.block(heap, narrow, heap.new(narrow.stream))
+    assert heap.peak - narrow.modulation == 4 * narrow.hidden + 2 * narrow.fp32
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "all_kept"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("name", "grid"), [("wan_14b_proportions", (5, 20, 16)), ("wan_1.3b_proportions", (4, 16, 16))]
+)
+def test_backward_peak_is_that_of_the_real_transformer(name, grid, dtype, checkpointing):
+    arch = architecture(name, text_len=16)
+    model = WanTransformer(arch, dtype=torch.float32)
+    model.set_attention("sdpa_flash")
+    model.gradient_checkpointing = checkpointing
+    latent = torch.randn(1, 16, grid[0], 2 * grid[1], 2 * grid[2])
+    text = torch.randn(1, arch.text_len, arch.text_dim)
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            flow = model(latent, torch.full((1,), 500.0), text)
+        return torch.nn.functional.mse_loss(flow, latent)
+
+    loss().backward()  # leaves gradients, as DDP's buckets would, and the RoPE tables
+    with LiveBytes() as tracker:
+        result = loss()
+        tracker.peak = tracker.live
+        result.backward()
+    s = Sizes(arch, 1, grid, compute=dtype.itemsize, residual=4)
+    outer_copies = 2 * arch.num_outer_parameters() if dtype == torch.bfloat16 else 0
+    expected = outer_copies + training_backward_bytes(s, arch.num_layers, checkpointing)
+    assert expected == pytest.approx(tracker.peak, rel=0.05)

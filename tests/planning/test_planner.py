@@ -1,0 +1,409 @@
+"""Decisions of the planner, pinned, each with its arithmetic by hand in a comment; and every sentence of a rejection."""
+
+import dataclasses
+import math
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from wanexp.config import RunConfig, conf_dir, register, to_run_config
+from wanexp.errors import LayoutError, UserError
+from wanexp.hardware.devices import Device
+from wanexp.hardware.profiles import profile_for
+from wanexp.planning.memory import GIB
+from wanexp.planning.planner import Planned, nearest_that_fits, plan_layouts
+from wanexp.planning.preflight import Preflight, preflight
+from wanexp.planning.task import devices_to_plan
+
+register()
+
+
+def composed(*overrides: str) -> RunConfig:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return to_run_config(compose("config", overrides=list(overrides)))
+
+
+def planned(*overrides: str, devices: tuple[Device, ...] | None = None) -> Planned:
+    config = composed(*overrides)
+    devices = devices or devices_to_plan(config)
+    return plan_layouts(config, devices, [profile_for(config.hardware, d, conf_dir()) for d in devices])
+
+
+def rejections(result: Planned) -> dict[str, str]:
+    return {candidate.name: candidate.rejection for candidate in result.candidates}
+
+
+def needs(result: Planned, name: str) -> float:
+    """GiB on the fullest device."""
+    candidate = next(candidate for candidate in result.candidates if candidate.name == name)
+    return max(entry.needed for entry in candidate.memory) / GIB
+
+
+def gpu(index: int, free_gib: float, name: str = "NVIDIA H200", peers: tuple[int, ...] = ()) -> Device:
+    return Device("cuda", index, name, round(free_gib * GIB), round(free_gib * GIB), peers=peers)
+
+
+# GiB by hand: weights (parameters of wan-facts x bytes) + the worst moment of the activations + the rest. With T tokens
+# U = T dim bytes, F = T ffn bytes, W = 4 T dim; for 14B at 480p U = 32,760 x 5120 x 2 = 0.312 and F = 0.844, so
+# 3 U + 2 F = 2.62. The rest: context 0.82, cuBLAS 0.06, pages 0.06, inputs, contexts and RoPE tables 0.06 to 0.17. Over
+# N GPUs the weights are divided by N, and the rest contains the first GPU's embeddings and what does not divide.
+# (model, hardware, precision, video, best layout for latency, needs of mode none, least needs of block distribution)
+CASES = [
+    # 26.61 + 3 U + 2 F 2.62 + the rest 1.01 = 30.2; over 4 6.65 + 2.62 + 1.33 = 10.6; 10.0 free
+    ("wan2.1_t2v_14b", "4x_rtx3080", "bf16", "480p", None, 30.2, 10.6),
+    # 26.61 + 3 U + 2 F 6.06 + the rest 1.06 = 33.7; over 4 6.65 + 6.06 + 1.39 = 14.1; 10.0 free
+    ("wan2.1_t2v_14b", "4x_rtx3080", "bf16", "720p", None, 33.7, 14.1),
+    # 26.61 + 3 U + 2 F 2.62 + the rest 1.01 = 30.2; over 2 13.31 + 2.62 + 1.23 = 17.2; 24.0 free
+    ("wan2.1_t2v_14b", "2x_rtx4090", "bf16", "480p", "block_distribution x 2", 30.2, 17.2),
+    # 26.61 + 3 U + 2 F 6.06 + the rest 1.06 = 33.7; over 2 13.31 + 6.06 + 1.28 = 20.6; 24.0 free
+    ("wan2.1_t2v_14b", "2x_rtx4090", "bf16", "720p", "block_distribution x 2", 33.7, 20.6),
+    # 26.61 + 3 U + 2 F 2.62 + the rest 1.01 = 30.2; 24.0 free
+    ("wan2.1_t2v_14b", "1x_rtx4090", "bf16", "480p", None, 30.2, None),
+    # 26.61 + 3 U + 2 F 6.06 + the rest 1.06 = 33.7; 24.0 free
+    ("wan2.1_t2v_14b", "1x_rtx4090", "bf16", "720p", None, 33.7, None),
+    # 26.61 + 3 U + 2 F 2.62 + the rest 1.01 = 30.2; over 4 6.65 + 2.62 + 1.33 = 10.6; 40.0 free
+    ("wan2.1_t2v_14b", "4x_a100_40gb", "bf16", "480p", "none", 30.2, 10.6),
+    # 26.61 + 3 U + 2 F 6.06 + the rest 1.06 = 33.7; over 4 6.65 + 6.06 + 1.39 = 14.1; 40.0 free
+    ("wan2.1_t2v_14b", "4x_a100_40gb", "bf16", "720p", "none", 33.7, 14.1),
+    # 26.61 + 3 U + 2 F 2.62 + the rest 1.01 = 30.2; over 2 13.31 + 2.62 + 1.23 = 17.2; 140.4 free
+    ("wan2.1_t2v_14b", "2x_h200", "bf16", "480p", "none", 30.2, 17.2),
+    # 26.61 + 3 U + 2 F 6.06 + the rest 1.06 = 33.7; over 2 13.31 + 6.06 + 1.28 = 20.6; 140.4 free
+    ("wan2.1_t2v_14b", "2x_h200", "bf16", "720p", "none", 33.7, 20.6),
+    # 26.61 + 3 U + 2 F 2.62 + the rest 1.01 = 30.2; 140.4 free
+    ("wan2.1_t2v_14b", "1x_h200", "bf16", "480p", "none", 30.2, None),
+    # 26.61 + 3 U + 2 F 6.06 + the rest 1.06 = 33.7; 140.4 free
+    ("wan2.1_t2v_14b", "1x_h200", "bf16", "720p", "none", 33.7, None),
+    # 26.61 + 3 U + 2 F 2.62 + the rest 1.01 = 30.2; 79.6 free
+    ("wan2.1_t2v_14b", "1x_h100", "bf16", "480p", "none", 30.2, None),
+    # 26.61 + 3 U + 2 F 6.06 + the rest 1.06 = 33.7; 79.6 free
+    ("wan2.1_t2v_14b", "1x_h100", "bf16", "720p", "none", 33.7, None),
+    # 53.23 + 3 U + 2 F 5.25 + the rest 1.02 = 59.5; over 2 26.61 + 5.25 + 1.45 = 33.3; 79.6 free
+    ("wan2.1_t2v_14b", "2x_h100", "fp32", "480p", "none", 59.5, 33.3),
+    # 53.23 + 3 U + 2 F 5.25 + the rest 1.02 = 59.5; 140.4 free
+    ("wan2.1_t2v_14b", "1x_h200", "fp32", "480p", "none", 59.5, None),
+    # 2.64 + 3 U + 2 F 1.37 + the rest 1.00 = 5.0; 24.0 free
+    ("wan2.1_t2v_1.3b", "1x_rtx4090", "bf16", "480p", "none", 5.0, None),
+    # 2.64 + 3 U + 2 F 3.17 + the rest 1.05 = 6.9; 24.0 free
+    ("wan2.1_t2v_1.3b", "1x_rtx4090", "bf16", "720p", "none", 6.9, None),
+    # 5.29 + 3 U + 2 F 2.75 + the rest 1.01 = 9.0; 24.0 free
+    ("wan2.1_t2v_1.3b", "1x_rtx4090", "fp32", "480p", "none", 9.0, None),
+    # 5.29 + 3 U + 2 F 6.34 + the rest 1.06 = 12.7; 24.0 free
+    ("wan2.1_t2v_1.3b", "1x_rtx4090", "fp32", "720p", "none", 12.7, None),
+    # 2.64 + 3 U + 2 F 1.37 + the rest 1.00 = 5.0; over 2 1.32 + 1.37 + 1.03 = 3.7; 10.0 free
+    ("wan2.1_t2v_1.3b", "2x_rtx3080", "bf16", "480p", "none", 5.0, 3.7),
+    # 2.64 + 3 U + 2 F 3.17 + the rest 1.05 = 6.9; over 2 1.32 + 3.17 + 1.08 = 5.6; 10.0 free
+    ("wan2.1_t2v_1.3b", "2x_rtx3080", "bf16", "720p", "none", 6.9, 5.6),
+    # 5.29 + 3 U + 2 F 2.75 + the rest 1.01 = 9.0; over 2 2.64 + 2.75 + 1.05 = 6.4; 10.0 free
+    ("wan2.1_t2v_1.3b", "2x_rtx3080", "fp32", "480p", "none", 9.0, 6.4),
+    # 5.29 + 3 U + 2 F 6.34 + the rest 1.06 = 12.7; over 2 2.64 + 6.34 + 1.10 = 10.1; 10.0 free
+    ("wan2.1_t2v_1.3b", "2x_rtx3080", "fp32", "720p", None, 12.7, 10.1),
+    # 2.64 + 3 U + 2 F 1.37 + the rest 1.00 = 5.0; over 4 0.66 + 1.37 + 1.08 = 3.1; 10.0 free
+    ("wan2.1_t2v_1.3b", "4x_rtx3080", "bf16", "480p", "none", 5.0, 3.1),
+    # 2.64 + 3 U + 2 F 3.17 + the rest 1.05 = 6.9; over 4 0.66 + 3.17 + 1.13 = 5.0; 10.0 free
+    ("wan2.1_t2v_1.3b", "4x_rtx3080", "bf16", "720p", "none", 6.9, 5.0),
+    # 5.29 + 3 U + 2 F 2.75 + the rest 1.01 = 9.0; over 4 1.32 + 2.75 + 1.16 = 5.2; 10.0 free
+    ("wan2.1_t2v_1.3b", "4x_rtx3080", "fp32", "480p", "none", 9.0, 5.2),
+    # 5.29 + 3 U + 2 F 6.34 + the rest 1.06 = 12.7; over 4 1.32 + 6.34 + 1.21 = 8.9; 10.0 free
+    ("wan2.1_t2v_1.3b", "4x_rtx3080", "fp32", "720p", "block_distribution x 4", 12.7, 8.9),
+    # 2.64 + 3 U + 2 F 1.37 + the rest 1.00 = 5.0; over 2 1.32 + 1.37 + 1.03 = 3.7; 16.0 free
+    ("wan2.1_t2v_1.3b", "2x_rtx4080", "bf16", "480p", "none", 5.0, 3.7),
+    # 2.64 + 3 U + 2 F 3.17 + the rest 1.05 = 6.9; over 2 1.32 + 3.17 + 1.08 = 5.6; 16.0 free
+    ("wan2.1_t2v_1.3b", "2x_rtx4080", "bf16", "720p", "none", 6.9, 5.6),
+    # 5.29 + 3 U + 2 F 2.75 + the rest 1.01 = 9.0; over 2 2.64 + 2.75 + 1.05 = 6.4; 16.0 free
+    ("wan2.1_t2v_1.3b", "2x_rtx4080", "fp32", "480p", "none", 9.0, 6.4),
+    # 5.29 + 3 U + 2 F 6.34 + the rest 1.06 = 12.7; over 2 2.64 + 6.34 + 1.10 = 10.1; 16.0 free
+    ("wan2.1_t2v_1.3b", "2x_rtx4080", "fp32", "720p", "none", 12.7, 10.1),
+    # 9.31 + 3 U + 2 F 1.93 + the rest 1.04 = 12.3; over 2 4.66 + 1.93 + 1.12 = 7.7; 10.0 free
+    ("wan2.2_ti2v_5b", "2x_rtx3080", "bf16", "704p", "block_distribution x 2", 12.3, 7.7),
+    # 9.31 + 3 U + 2 F 1.93 + the rest 1.04 = 12.3; over 2 4.66 + 1.93 + 1.12 = 7.7; 16.0 free
+    ("wan2.2_ti2v_5b", "2x_rtx4080", "bf16", "704p", "none", 12.3, 7.7),
+    # 9.31 + 3 U + 2 F 1.93 + the rest 1.04 = 12.3; 24.0 free
+    ("wan2.2_ti2v_5b", "1x_rtx4090", "bf16", "704p", "none", 12.3, None),
+    # 30.54 + 3 U + 2 F 2.62 + the rest 1.03 = 34.2; 79.6 free
+    ("wan2.1_i2v_14b_480p", "1x_h100", "bf16", "480p", "none", 34.2, None),
+    # 30.54 + 3 U + 2 F 2.62 + the rest 1.03 = 34.2; over 4 7.63 + 2.62 + 1.36 = 11.6; 40.0 free
+    ("wan2.1_i2v_14b_480p", "4x_a100_40gb", "bf16", "480p", "none", 34.2, 11.6),
+    # 30.54 + 3 U + 2 F 2.62 + the rest 1.03 = 34.2; over 2 15.27 + 2.62 + 1.25 = 19.1; 24.0 free
+    ("wan2.1_i2v_14b_480p", "2x_rtx4090", "bf16", "480p", "block_distribution x 2", 34.2, 19.1),
+    # 30.54 + 3 U + 2 F 6.06 + the rest 1.10 = 37.7; over 4 7.63 + 6.06 + 1.43 = 15.1; 40.0 free
+    ("wan2.1_flf2v_14b", "4x_a100_40gb", "bf16", "720p", "none", 37.7, 15.1),
+    # 53.23 + 3 U + 2 F 2.62 + the rest 1.04 = 56.9; 79.6 free
+    ("wan2.2_t2v_a14b", "1x_h100", "bf16", "480p", "none", 56.9, None),
+    # 53.23 + 3 U + 2 F 6.06 + the rest 1.11 = 60.4; 79.6 free
+    ("wan2.2_t2v_a14b", "1x_h100", "bf16", "720p", "none", 60.4, None),
+    # 53.23 + 3 U + 2 F 2.62 + the rest 1.04 = 56.9; over 4 13.31 + 2.62 + 1.68 = 17.6; 40.0 free
+    ("wan2.2_t2v_a14b", "4x_a100_40gb", "bf16", "480p", "block_distribution x 2", 56.9, 17.6),
+    # 53.23 + 3 U + 2 F 6.06 + the rest 1.11 = 60.4; over 4 13.31 + 6.06 + 1.76 = 21.1; 40.0 free
+    ("wan2.2_t2v_a14b", "4x_a100_40gb", "bf16", "720p", "block_distribution x 2", 60.4, 21.1),
+    # 53.23 + 3 U + 2 F 2.62 + the rest 1.04 = 56.9; over 2 26.61 + 2.62 + 1.47 = 30.7; 79.6 free
+    ("wan2.2_t2v_a14b", "2x_h100", "bf16", "480p", "none", 56.9, 30.7),
+    # 53.23 + 3 U + 2 F 6.06 + the rest 1.11 = 60.4; over 2 26.61 + 6.06 + 1.54 = 34.2; 79.6 free
+    ("wan2.2_t2v_a14b", "2x_h100", "bf16", "720p", "none", 60.4, 34.2),
+    # 53.23 + 3 U + 2 F 2.62 + the rest 1.04 = 56.9; 140.4 free
+    ("wan2.2_t2v_a14b", "1x_h200", "bf16", "480p", "none", 56.9, None),
+    # 53.23 + 3 U + 2 F 6.06 + the rest 1.11 = 60.4; 140.4 free
+    ("wan2.2_t2v_a14b", "1x_h200", "bf16", "720p", "none", 60.4, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "hardware", "precision", "video", "best", "one_gpu", "spread"),
+    CASES,
+    ids=lambda value: str(value) if isinstance(value, str) else "",
+)
+def test_decisions(model, hardware, precision, video, best, one_gpu, spread):
+    result = planned(f"model={model}", f"hardware={hardware}", f"precision={precision}", f"video={video}")
+    assert (result.winner.name if result.winner else None) == best
+    assert needs(result, "none") == pytest.approx(one_gpu, abs=0.06)
+    blocks = [c for c in result.candidates if c.parallelism.mode == "block_distribution"]
+    least = min((max(entry.needed for entry in c.memory) / GIB for c in blocks), default=None)
+    assert least == (None if spread is None else pytest.approx(spread, abs=0.06))
+
+
+# --- the guide's three examples
+
+
+def test_guide_1_two_rtx4090_with_14b_is_not_data_parallel():
+    """26.6 GiB of weights on each replica do not fit 24 GB; 13.3 + 2.6 + 0.4 + 0.8 = 17.2 of each half do."""
+    result = planned("model=wan2.1_t2v_14b", "hardware=2x_rtx4090")
+    assert result.winner and result.winner.parallelism.mode == "block_distribution"
+    assert rejections(result)["data_parallel x 2"] == "needs 30.6 GiB on each GPU, 24.0 free"
+
+
+def test_guide_2_four_rtx3080_with_14b_fits_a_shorter_video():
+    """26.6 / 4 = 6.65, + 0.4 of embeddings on gpu0 + 2.7 + 0.8 = 10.6 of 10 at 81 frames; 61 frames take 16 / 21 of 2.7."""
+    result = planned("model=wan2.1_t2v_14b", "hardware=4x_rtx3080")
+    assert result.winner is None
+    assert rejections(result)["block_distribution x 4"] == (
+        "needs 10.6 GiB on gpu0, 10.0 free (and too much on 3 more)"
+    )
+    shorter = planned("model=wan2.1_t2v_14b", "hardware=4x_rtx3080", "video.num_frames=61")
+    assert shorter.winner and shorter.winner.name == "block_distribution x 4"
+
+
+def test_guide_3_one_rtx4090_with_1_3b_needs_nothing_else():
+    """2.64 + 1.37 + 0.8 + 0.2 = 5.0 of 24."""
+    result = planned("model=wan2.1_t2v_1.3b", "hardware=1x_rtx4090")
+    assert result.winner and result.winner.name == "none"
+
+
+# --- objectives
+
+
+def test_latency_takes_one_gpu_where_replicas_are_no_faster():
+    assert planned("model=wan2.1_t2v_14b", "hardware=2x_h200").winner.name == "none"
+
+
+def test_throughput_takes_all_replicas():
+    """Four samples in the time of one."""
+    result = planned("model=wan2.1_t2v_1.3b", "hardware=4x_rtx3080", "objective=throughput")
+    assert result.winner and result.winner.name == "data_parallel x 4"
+    assert result.speedup(result.winner) == pytest.approx(4)
+
+
+def test_memory_takes_the_thinnest_spread():
+    """2.64 / 4 of weights a GPU against 2.64 on one."""
+    result = planned("model=wan2.1_t2v_1.3b", "hardware=4x_rtx3080", "objective=memory")
+    assert result.winner and result.winner.name == "block_distribution x 4"
+
+
+def test_latency_of_a_batch_takes_replicas():
+    """A batch of 4 on 4 GPUs: one sample each, a quarter of the time."""
+    result = planned("model=wan2.1_t2v_14b", "hardware=4x_a100_40gb", "workload.batch_size=4")
+    assert result.winner and result.winner.name == "data_parallel x 4"
+    assert result.speedup(result.winner) == pytest.approx(4, rel=0.02)
+
+
+def test_training_takes_distributed():
+    """1.42 G weights x 16 bytes = 21.1 GiB of masters, gradients and moments, + 5.3 of sqrt(v) at the step: 27.7."""
+    result = planned("model=wan2.1_t2v_1.3b", "hardware=8x_h100", "workload=train", "objective=throughput")
+    assert result.winner and result.winner.name == "distributed x 8"
+    none = next(c for c in result.candidates if c.name == "none")
+    weights = 1.419e9
+    assert none.memory[0].weights == pytest.approx(4 * weights, rel=0.001)
+    assert none.memory[0].allocated >= 20 * weights
+
+
+def test_seams_cost_more_without_p2p():
+    """Interleaved over 4: 40 seams of 335 MB, 0.85 ms each at 394 GB/s, 26 ms at 12.8 GB/s through the host."""
+    fast = planned("model=wan2.1_t2v_14b", "hardware=2x_h200")
+    slow = planned("model=wan2.1_t2v_14b", "hardware=4x_rtx3080")
+    for result, name, milliseconds in (
+        (fast, "block_distribution x 2, interleaved", 39 * 0.866),
+        (slow, "block_distribution x 4, interleaved", 39 * 26.2),
+    ):
+        time = next(c.time for c in result.candidates if c.name == name)
+        assert time.seam_s * 1000 == pytest.approx(milliseconds, rel=0.02)
+
+
+# --- rejections
+
+
+def test_too_large_for_the_one_gpu():
+    result = planned("model=wan2.1_t2v_14b", "hardware=1x_rtx4090")
+    assert rejections(result) == {"none": "needs 30.2 GiB on gpu0, 24.0 free"}
+
+
+def test_more_gpus_than_blocks():
+    result = planned("model=tiny", "video=tiny", "hardware.num_devices=16", "hardware=4x_rtx3080")
+    assert rejections(result)["block_distribution x 16"] == (
+        "16 GPUs for 8 transformer blocks; write at most 8 GPUs"
+    )
+
+
+def test_fewer_samples_than_replicas():
+    result = planned("model=tiny", "hardware=4x_rtx3080", "workload.batch_size=2")
+    assert rejections(result)["data_parallel x 4"] == (
+        "workload.batch_size 2 is smaller than the 4 replicas; write workload.batch_size=4 or more, or fewer GPUs"
+    )
+
+
+def test_training_without_synchronised_gradients():
+    result = planned("model=tiny", "hardware=2x_h100", "workload=train")
+    assert rejections(result)["data_parallel x 2"].startswith("workload=train needs synchronised gradients")
+
+
+def test_training_batch_that_does_not_divide():
+    result = planned("model=tiny", "hardware=2x_h100", "workload=train", "workload.batch_size=3")
+    assert "is not a multiple of the 2 training replicas" in rejections(result)["distributed x 2"]
+
+
+def test_too_large_for_the_host():
+    config = composed("model=wan2.1_t2v_14b", "hardware=cpu")
+    host = Device("cpu", 0, "cpu", 16 * GIB, 8 * GIB)
+    result = plan_layouts(config, [host], [None])
+    assert rejections(result)["none"] == "needs 29.3 GiB of host memory, 8.0 free"
+
+
+# --- free memory as it is now, mixed GPUs
+
+
+def test_free_memory_decides_and_not_the_size_of_the_card():
+    devices = (gpu(0, 20), gpu(1, 140))
+    result = planned("model=wan2.1_t2v_14b", devices=devices)
+    assert result.winner and result.winner.settings == "parallelism=none 'gpus=[1]'"
+
+
+def test_mixed_gpus_share_the_blocks_by_memory():
+    """24 + 12.5 GiB: half of the weights, 13.1 + 3.6, does not fit 12.5; 27 blocks, 17.7 + 4, and 13, 8.5 + 3.6, do."""
+    devices = (gpu(0, 24, "NVIDIA GeForce RTX 4090"), gpu(1, 12.5, "NVIDIA GeForce RTX 3080"))
+    result = planned("model=wan2.1_t2v_14b", devices=devices)
+    assert result.winner and result.winner.name == "block_distribution x 2, 27+13"
+    assert rejections(result)["block_distribution x 2"].startswith("needs 16.7 GiB on gpu1, 12.5 free")
+
+
+def test_unknown_devices_are_ranked_but_get_no_times():
+    result = planned("model=tiny", devices=(gpu(0, 8, "Some GPU"), gpu(1, 8, "Some GPU")))
+    assert result.winner and result.winner.summary()["step_ms"] is None
+    assert result.speedup(result.winner) is None
+
+
+def test_a_machine_without_a_memory_size_cannot_be_planned():
+    with pytest.raises(UserError, match="does not say how many GPUs there are"):
+        planned("hardware=4x_rtx3080", "hardware.device.memory_gib=null")
+
+
+# --- times
+
+
+@pytest.mark.parametrize(
+    ("model", "video", "milliseconds"),
+    [
+        # 0.785 PFLOP / 789 T + 0.893 / 576 T + 40 x 39.7 GB / 2285 GB/s = 995 + 1550 + 695; measured 3241
+        ("wan2.1_t2v_14b", "480p", 3241),
+        # 2.296 s + 8.22 s + 1.6 s; diffusers, the same kernels in eager mode, measured 11,941
+        ("wan2.1_t2v_14b", "720p", 11941),
+        # 0.082 PFLOP / 789 T + 0.2 / 576 T + 30 x 12.5 GB / 2285 GB/s = 104 + 350 + 165; diffusers 623
+        ("wan2.1_t2v_1.3b", "480p", 623),
+    ],
+)
+def test_forward_times_on_h200(model, video, milliseconds):
+    result = planned(f"model={model}", f"video={video}", "hardware=1x_h200")
+    assert result.winner.time.forward_s * 1000 == pytest.approx(milliseconds, rel=0.03)
+
+
+def test_memory_of_the_h200_anchors():
+    """Measured on two H200, block distribution, eager, cuDNN: 16.29 and 15.81 GiB allocated, weights 13.52 and 13.09."""
+    result = planned("model=wan2.1_t2v_14b", "hardware=2x_h200")
+    blocks = next(c for c in result.candidates if c.name == "block_distribution x 2")
+    assert [round(entry.weights / GIB, 2) for entry in blocks.memory] == [13.52, 13.09]
+    assert [entry.allocated / GIB for entry in blocks.memory] == pytest.approx([16.29, 15.81], rel=0.01)
+
+
+# --- before a run
+
+
+def checked(*overrides: str, devices: tuple[Device, ...], found: tuple[Device, ...] = ()) -> Preflight:
+    return preflight(composed(*overrides), devices, found or devices, lambda device: None)
+
+
+def test_auto_is_replaced_by_the_choice():
+    devices = (gpu(0, 24), gpu(1, 24))
+    result = checked("model=wan2.1_t2v_14b", "parallelism=auto", devices=devices)
+    assert result.config.parallelism.mode == "block_distribution" and result.config.gpus == [0, 1]
+    assert not result.message
+
+
+def test_auto_where_nothing_fits_says_what_is_missing():
+    devices = (gpu(0, 8), gpu(1, 8))
+    result = checked("model=wan2.1_t2v_14b", "parallelism=auto", devices=devices)
+    assert result.config.parallelism.mode == "block_distribution"
+    assert result.message.startswith("needs 17.2 GiB on gpu0, 8.0 free")
+
+
+def test_advice_is_another_layout_on_the_devices_found():
+    devices = (gpu(0, 24), gpu(1, 24))
+    result = checked("model=wan2.1_t2v_14b", devices=devices[:1], found=devices)
+    assert result.message == (
+        "needs 30.2 GiB on gpu0, 24.0 free; write parallelism=block_distribution 'gpus=[0,1]'; "
+        "force=true runs it all the same"
+    )
+
+
+def test_advice_is_fewer_samples_where_that_is_enough():
+    config = composed("model=wan2.1_t2v_14b", "workload.batch_size=64")
+    advice = nearest_that_fits(config, [gpu(0, 40)], [None])
+    assert advice == "write workload.batch_size=null parallelism=none 'gpus=[0]'"
+
+
+def test_advice_is_a_shorter_video_and_how_many_gpus_hold_all_of_it():
+    """6.5 a GPU + 0.4 + 0.9 leave 2.1 for 2.7 x frames / 21; over 5 GPUs 5.3 a GPU leave enough."""
+    config = composed("model=wan2.1_t2v_14b", "hardware=4x_rtx3080")
+    devices = devices_to_plan(config)
+    assert nearest_that_fits(config, devices, [None] * 4) == (
+        "write video.num_frames=61 parallelism=block_distribution 'gpus=[0,1,2,3]'; "
+        "block_distribution over 5 such GPUs would hold all of it"
+    )
+
+
+def test_a_mode_that_does_not_suit_is_an_error_and_not_infeasible():
+    with pytest.raises(LayoutError, match="mode none uses one device"):
+        checked("model=tiny", devices=(gpu(0, 24), gpu(1, 24)))
+
+
+def test_enforced_memory_needs_a_named_machine():
+    with pytest.raises(
+        UserError, match=r"hardware\.enforce_memory is true and hardware=auto has no memory_gib"
+    ):
+        composed("hardware.enforce_memory=true")
+
+
+def test_errors_are_those_of_the_device_that_is_furthest_off():
+    result = checked("model=wan2.1_t2v_14b", "parallelism=auto", devices=(gpu(0, 24), gpu(1, 24)))
+    memory = result.candidate.memory
+    exact = {
+        "memory/gpu0/peak_allocated_gib": memory[0].allocated / GIB,
+        "memory/gpu1/peak_allocated_gib": memory[1].allocated / GIB / 1.1,
+    }
+    assert result.error_metrics(exact)["plan/peak_error"] == pytest.approx(0.1)
+    assert "plan/step_error" not in result.error_metrics(exact | {"latency/step_ms": 1.0})  # unknown rates
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput", "memory"])
+def test_a_summary_is_plain_and_finite(objective):
+    summary = planned("model=wan2.1_t2v_14b", "hardware=2x_rtx4090", f"objective={objective}").summary()
+    assert summary["winner"] == "parallelism=block_distribution 'gpus=[0,1]'"
+    for row in summary["layouts"]:
+        assert row["feasible"] == (row["rejection"] is None)
+        assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
+    assert dataclasses.is_dataclass(Planned)

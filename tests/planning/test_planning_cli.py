@@ -1,0 +1,103 @@
+"""The planner from the command line: task=plan, parallelism=auto, and a run that cannot fit."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.planning.test_planner import composed
+from wanexp.planning import task
+from wanexp.record import Record, read_record
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def wanexp(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "wanexp", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def record_in(folder: Path) -> Record:
+    (run,) = (folder / "multirun" / "runs").iterdir()
+    return read_record(run)
+
+
+def test_a_plan_needs_no_gpu_and_leaves_no_run(tmp_path):
+    done = wanexp(tmp_path, "task=plan", "model=wan2.1_t2v_14b", "hardware=4x_rtx3080", "video=480p")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "4 x NVIDIA GeForce RTX 3080, 10.0 GiB free" in done.stdout
+    assert "none: needs 30.2 GiB on gpu0, 10.0 free" in done.stdout
+    assert "write video.num_frames=61 parallelism=block_distribution" in done.stdout
+    assert not list((tmp_path / "multirun" / "runs").iterdir())
+
+
+def test_a_plan_as_json(tmp_path):
+    done = wanexp(tmp_path, "task=plan", "plan_json=true", "model=wan2.1_t2v_14b", "hardware=2x_rtx4090")
+    plan = json.loads(done.stdout)
+    assert plan["winner"] == "parallelism=block_distribution 'gpus=[0,1]'" and plan["advice"] is None
+    assert [row["layout"] for row in plan["layouts"] if row["feasible"]] == [
+        "block_distribution x 2",
+        "block_distribution x 2, interleaved",
+    ]
+
+
+def test_a_plan_is_no_cell_of_a_sweep(tmp_path):
+    done = wanexp(tmp_path, "-m", "task=plan", "tracking=none", "seed=0,1")
+    assert done.returncode == 1
+    assert "task=plan prints one plan and runs nothing; write it without -m" in done.stdout
+
+
+def test_planning_is_quick(capsys):
+    config = composed(
+        "task=plan", "model=wan2.2_t2v_a14b", "hardware=8x_h100", "video=720p", "workload=train"
+    )
+    begin = time.perf_counter()
+    task.print_plan(config)
+    assert time.perf_counter() - begin < 2
+    assert "Would fit" in capsys.readouterr().out
+
+
+def test_auto_runs_what_the_planner_chose_and_records_both(tmp_path):
+    done = wanexp(
+        tmp_path, "parallelism=auto", "objective=throughput", "hardware=cpu", "tracking=none", "verify=never"
+    )
+    assert done.returncode == 0, done.stderr
+    record = record_in(tmp_path)
+    assert record.requested["parallelism"]["mode"] == "auto"
+    assert record.effective["mode"] in ("none", "data_parallel", "block_distribution", "distributed")
+    assert record.plan["prediction"]["feasible"] is True
+    assert record.plan["prediction"]["devices"][0]["weights_gib"] == pytest.approx(
+        record.metrics["memory/cpu0/weights_gib"], rel=1e-6
+    )
+    assert record.metrics["plan/predicted_peak_gib"] > record.metrics["memory/cpu0/weights_gib"]
+
+
+def test_a_run_that_cannot_fit_ends_before_any_weight_is_read(tmp_path):
+    done = wanexp(
+        tmp_path,
+        "model=wan2.1_t2v_14b",
+        "model.architecture.num_layers=4000",  # 2.6 TiB
+        "hardware=cpu",
+        "tracking=none",
+    )
+    assert done.returncode == 1
+    record = record_in(tmp_path)
+    assert record.outcome == "infeasible"
+    assert "GiB of host memory" in record.message and record.message.endswith(
+        "force=true runs it all the same"
+    )
+    assert record.plan["prediction"]["feasible"] is False
+    assert record.metrics["plan/predicted_peak_gib"] > 2600
+    assert "load" not in done.stdout

@@ -1,0 +1,120 @@
+"""The sampler against numbers by hand, with experts whose answer is known."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import PER_TOKEN, TWO_EXPERTS, Composer
+from wanexp.workloads.denoise import Denoise, expert_for, guidance_of, sigma_schedule
+from wanexp.workloads.samples import Samples, draw_samples
+
+
+class KnownExpert(nn.Module):
+    """Predicts its `value` with the text, half of it with the negative one; notes its calls."""
+
+    def __init__(self, value: float, samples: Samples) -> None:
+        super().__init__()
+        self.value, self.samples = value, samples
+        self.timesteps: list[Tensor] = []
+
+    def embed_text(self, text: Tensor, clip_features: Tensor | None) -> Tensor:
+        return torch.tensor(0.5 if text is self.samples.negative_text else 1.0)
+
+    def forward(
+        self, latent: Tensor, timestep: Tensor, *, image_latent: Tensor | None, context: Tensor
+    ) -> Tensor:
+        self.timesteps.append(timestep)
+        return torch.full_like(latent, self.value) * context
+
+
+def workload(config, *values: float, batch: int = 2) -> Denoise:
+    samples = draw_samples(config.model, config.video, seed=0, indices=range(batch))
+    return Denoise(config, [KnownExpert(value, samples) for value in values], samples, nullcontext)
+
+
+def test_the_schedule():
+    assert sigma_schedule(4, 1.0) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    # shift 5: 5 s / (1 + 4 s)
+    assert sigma_schedule(4, 5.0) == pytest.approx([1.0, 3.75 / 4, 2.5 / 3, 1.25 / 2, 0.0])
+    assert sigma_schedule(2, 12.0)[1] == pytest.approx(6 / 6.5)
+
+
+def test_euler_steps_without_guidance(run_config: Composer):
+    denoise = workload(run_config("workload.guidance_scale=[1]"), 2.0)
+    assert denoise.forwards_per_step == 1
+    noise = denoise.samples.noise.clone()
+    denoise.step(0)
+    torch.testing.assert_close(denoise.latent, noise + (0.9375 - 1) * 2.0)
+    denoise.step(1)
+    torch.testing.assert_close(denoise.latent, noise + (2.5 / 3 - 1) * 2.0)
+    for index in (2, 3):
+        denoise.step(index)
+    torch.testing.assert_close(denoise.latent, noise - 2.0, msg="all steps together go from sigma 1 to 0")
+    assert torch.equal(denoise.samples.noise, noise), "the inputs stay as they are"
+    (expert,) = denoise.experts
+    assert [timestep.tolist() for timestep in expert.timesteps] == [
+        pytest.approx([1000 * sigma] * 2) for sigma in sigma_schedule(4, 5.0)[:4]
+    ]
+    denoise.restart()
+    assert torch.equal(denoise.latent, noise)
+
+
+def test_guidance(run_config: Composer):
+    """uncond + g (cond - uncond) with cond 2, uncond 1, g 3: 4."""
+    denoise = workload(run_config("workload.guidance_scale=[3]"), 2.0)
+    assert denoise.forwards_per_step == 2
+    denoise.step(0)
+    torch.testing.assert_close(denoise.latent, denoise.samples.noise + (0.9375 - 1) * 4.0)
+
+
+def test_the_guidance_is_the_workloads_else_the_models(run_config: Composer):
+    assert guidance_of(run_config()) == [5.0]
+    assert guidance_of(run_config("workload.guidance_scale=[2]", *TWO_EXPERTS)) == [2.0, 2.0]
+    assert guidance_of(run_config(*TWO_EXPERTS)) == [4.0, 3.0]
+
+
+def test_experts_change_at_the_boundary(run_config: Composer):
+    config = run_config(*TWO_EXPERTS)
+    assert expert_for(config, 1000.0) == 0
+    assert expert_for(config, 900.0) == 0, "the first serves t >= boundary"
+    assert expert_for(config, 899.999) == 1
+    assert expert_for(run_config(), 0.0) == 0
+    # sigmas 1, 0.9375 | 0.833, 0.625; guidance 4 and 3; cond v, uncond v / 2: v (1 + g) / 2
+    denoise = workload(config, 2.0, 10.0)
+    for index in range(4):
+        denoise.step(index)
+    first, second = denoise.experts
+    assert [len(first.timesteps), len(second.timesteps)] == [4, 4]
+    boundary = 2.5 / 3
+    expected = (boundary - 1) * 2.0 * 2.5 + (0 - boundary) * 10.0 * 2.0
+    torch.testing.assert_close(denoise.latent, denoise.samples.noise + expected)
+
+
+def test_an_expert_without_guidance_runs_one_forward(run_config: Composer):
+    denoise = workload(run_config(*TWO_EXPERTS, "workload.guidance_scale=[1,3]"), 2.0, 10.0)
+    for index in range(4):
+        denoise.step(index)
+    first, second = denoise.experts
+    assert [len(first.timesteps), len(second.timesteps)] == [2, 4]
+
+
+def test_the_model_sees_timesteps_per_token(run_config: Composer):
+    denoise = workload(run_config(*PER_TOKEN), 1.0)
+    denoise.step(1)
+    timestep = denoise.experts[0].timesteps[0]
+    assert timestep.shape == (2, 32)
+    assert timestep[:, :16].max() == 0 and timestep[:, 16:].min() == pytest.approx(937.5)
+
+
+def test_parity_flows_cover_the_schedule_both_experts_and_both_texts(run_config: Composer):
+    denoise = workload(run_config(*TWO_EXPERTS), 2.0, 10.0)
+    denoise.step(0)
+    flows = denoise.parity_flows()
+    assert flows.shape == (2, 3, 16, 2, 8, 8)
+    # steps 0, 2 (round half to even of 1.5) and 3; the last one with the negative text
+    assert flows[0, :, 0, 0, 0, 0].tolist() == [2.0, 10.0, 5.0]
+    assert torch.equal(denoise.latent, denoise.samples.noise)
+    one = workload(run_config("workload.num_steps=1"), 2.0).parity_flows()
+    assert one.shape[1] == 1

@@ -1,0 +1,1 @@
+"""What stands behind `wanexp.multi_gpu_utils`, one file a subject. Import from there."""

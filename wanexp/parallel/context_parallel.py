@@ -1,0 +1,189 @@
+"""Context parallel: the video tokens of one forward split over ranks, whole again in its prediction.
+
+    embeddings -> all tokens -> | mine -> blocks -> head | -> all-gather -> prediction, on every rank
+                                          self-attention meets all tokens: by `ulysses.py`, `ring.py` or both
+
+Buys latency. All ranks call the model with the same inputs and hold all its weights. Hooks split what has a token axis
+(hidden states, RoPE tables, timestep index); image and text tokens of cross-attention stay whole. With both degrees
+Ulysses runs inside and the ring across: after the exchange of heads a rank holds the tokens of its Ulysses group, which
+is its block of the ring. The answer is exact: no token is padded, none masked. For inference.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from wanexp.errors import UserError
+from wanexp.parallel.ring import attend_around_ring
+from wanexp.parallel.sequence_split import Traffic, degree_of, gather_tokens, rank_in, token_shares
+from wanexp.parallel.ulysses import attend_by_heads, head_shares
+from wanexp.wan.attention import AttentionFunction, AttentionWithLse, attention_with_lse, kernel_name
+from wanexp.wan.block import WanBlock
+from wanexp.wan.rope import Rope
+from wanexp.wan.transformer import WanTransformer
+
+BlockInputs = tuple[Tensor, Tensor, Tensor, Rope, Tensor | None]
+
+
+def check_context_parallel(*, num_heads: int, num_tokens: int, ulysses: int, ring: int) -> None:
+    """Raises LayoutError unless `ulysses` x `ring` ranks get at least one token, and Ulysses ranks one head, each.
+
+    num_heads: of one rank before the exchange, so under tensor parallelism its share.
+    """
+    head_shares(num_heads, ulysses)
+    token_shares(num_tokens, ulysses=ulysses, ring=ring)
+
+
+def context_parallel_bytes(
+    tokens: int,
+    dim: int,
+    layers: int,
+    ulysses: int,
+    ring: int,
+    element_size: int,
+    *,
+    batch: int = 1,
+    out_features: int = 64,
+) -> int:
+    """Bytes that a rank sends in one forward, the mean over all ranks.
+
+    A layer: three tensors of tokens * dim to the heads' ranks and one back, of which 1 / (ulysses * ring) starts at a
+    rank and 1 / ulysses of that stays there; keys and values of the heads of a rank ring - 1 times to its neighbour.
+    Then the fp32 prediction. Exact where the heads or the tokens divide by `ulysses` and, for the prediction, the
+    tokens by the ranks.
+
+    tokens: of one sample. element_size: bytes of an element of q, k and v. out_features: of the head, patch volume *
+    out_channels.
+    """
+    ranks = ulysses * ring
+    exchanged = 4 * (ulysses - 1) / (ulysses * ranks)
+    passed_on = 2 * (ring - 1) / ranks
+    gathered = (ulysses - 1) / ranks + (ring - 1) / ring
+    hidden_bytes = batch * tokens * dim * element_size
+    return round(
+        layers * hidden_bytes * (exchanged + passed_on) + batch * tokens * out_features * 4 * gathered
+    )
+
+
+def context_parallel(
+    model: WanTransformer, *, ulysses: ProcessGroup | None, ring: ProcessGroup | None
+) -> Traffic:
+    """Split the tokens of every forward of `model` over the ranks of both groups; returns what counts the bytes sent.
+
+    Comes after `set_attention`: the kernel of each block is the one it has now, and a ring uses the same one with its
+    log-sum-exp.
+
+    Args:
+        ulysses: the ranks with this rank's ring rank, neighbours in token order; None for a degree of 1.
+        ring: the ranks with this rank's Ulysses rank; None for a degree of 1.
+
+    Raises:
+        LayoutError: more Ulysses ranks than heads; at the first forward, more ranks than tokens.
+        UserError: a ring over attention that has no kernel name; at a forward, gradients that are switched on.
+    """
+    split = _SplitForward(ulysses, ring)
+    head_shares(model.architecture.num_heads, split.num_ulysses)
+    for index, block in enumerate(model.blocks):
+        assert isinstance(block, WanBlock)
+        block.self_attn.attend = split.attend_with(block.self_attn.attend)
+        block.register_forward_pre_hook(split.enter_first_block if index == 0 else split.enter_block)
+    model.head.register_forward_pre_hook(split.enter_head)
+    model.head.register_forward_hook(split.leave_head)
+    return split.traffic
+
+
+class _SplitForward:
+    """The hooks of a model, and the shares of the forward that is under way."""
+
+    def __init__(self, ulysses: ProcessGroup | None, ring: ProcessGroup | None) -> None:
+        self.traffic = Traffic()
+        self.num_ulysses, self.num_ring = degree_of(ulysses), degree_of(ring)
+        self.ulysses = ulysses if self.num_ulysses > 1 else None
+        self.ring = ring if self.num_ring > 1 else None
+        self.ulysses_rank, self.ring_rank = rank_in(self.ulysses), rank_in(self.ring)
+        self.shares: tuple[tuple[int, ...], ...] = ()  # tokens of each rank, [ring rank][ulysses rank]
+        self._own: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def own(self, tensor: Tensor, axis: int) -> Tensor:
+        """A view of this rank's tokens of a tensor that has all of them along `axis`."""
+        start = sum(self.block_shares[: self.ring_rank]) + sum(self.group_shares[: self.ulysses_rank])
+        return tensor.narrow(axis, start, self.group_shares[self.ulysses_rank])
+
+    @property
+    def group_shares(self) -> tuple[int, ...]:
+        """Tokens of each rank of this rank's Ulysses group."""
+        return self.shares[self.ring_rank]
+
+    @property
+    def block_shares(self) -> list[int]:
+        """Tokens of each block of the ring, a Ulysses group each."""
+        return [sum(shares) for shares in self.shares]
+
+    def own_constant(self, tensor: Tensor, axis: int) -> Tensor:
+        """As `own`, but a copy that serves all blocks for as long as `tensor` lives."""
+        if tensor not in self._own:
+            self._own[tensor] = self.own(tensor, axis).clone()
+        return self._own[tensor]
+
+    # The hooks call collectives and look into a dictionary of tensors: not for a compiler to trace.
+
+    @torch.compiler.disable
+    def enter_first_block(self, block: nn.Module, args: BlockInputs) -> BlockInputs:
+        if torch.is_grad_enabled():
+            raise UserError(
+                "context_parallel is for inference, gradients are switched on; call the model under "
+                "torch.inference_mode(), or train with distributed or fsdp"
+            )
+        hidden_states, *rest = self.enter_block(block, args)
+        return (self.own(hidden_states, 1), *rest)
+
+    @torch.compiler.disable
+    def enter_block(self, _block: nn.Module, args: BlockInputs) -> BlockInputs:
+        hidden_states, modulation, context, (cos, sin), timestep_index = args
+        # At every block, for forwards of different sizes may take turns.
+        self.shares = token_shares(len(cos), ulysses=self.num_ulysses, ring=self.num_ring)
+        rope = (self.own_constant(cos, 0), self.own_constant(sin, 0))
+        if timestep_index is not None:
+            timestep_index = self.own_constant(timestep_index, 1)
+        return hidden_states, modulation, context, rope, timestep_index
+
+    @torch.compiler.disable
+    def enter_head(self, _head: nn.Module, args: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Any, ...]:
+        hidden_states, time_vector, timestep_index = args
+        if timestep_index is not None:
+            timestep_index = self.own_constant(timestep_index, 1)
+        return hidden_states, time_vector, timestep_index
+
+    @torch.compiler.disable
+    def leave_head(self, _head: nn.Module, _args: Any, patches: Tensor) -> Tensor:
+        if self.ulysses is not None:
+            patches = gather_tokens(patches, self.group_shares, group=self.ulysses, traffic=self.traffic)
+        if self.ring is not None:
+            patches = gather_tokens(patches, self.block_shares, group=self.ring, traffic=self.traffic)
+        return patches
+
+    def attend_with(self, attend: AttentionFunction) -> AttentionFunction:
+        """What takes the place of the kernel `attend` in self-attention."""
+        if self.ring is not None:
+            attend = partial(self._around_ring, attention_with_lse(kernel_name(attend)))
+        if self.ulysses is not None:
+            attend = partial(self._by_heads, attend)
+        return attend
+
+    @torch.compiler.disable
+    def _by_heads(self, attend: AttentionFunction, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert self.ulysses is not None
+        return attend_by_heads(
+            attend, q, k, v, group=self.ulysses, tokens=self.group_shares, traffic=self.traffic
+        )
+
+    @torch.compiler.disable
+    def _around_ring(self, attend: AttentionWithLse, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert self.ring is not None
+        return attend_around_ring(
+            attend, q, k, v, group=self.ring, tokens=self.block_shares, traffic=self.traffic
+        )

@@ -1,0 +1,35 @@
+"""`task=plan`: print what every layout would need on these devices, and run nothing.
+
+A named machine (hardware=4x_rtx3080) is planned from its profile, without a GPU; hardware=auto takes the devices at
+hand with the memory that is free now.
+"""
+
+import json
+
+from wanexp.config import RunConfig, conf_dir
+from wanexp.console import Console
+from wanexp.hardware.devices import Device, find_devices, select_devices
+from wanexp.hardware.profiles import profile_for
+from wanexp.planning.planner import cap_memory, nearest_that_fits, plan_layouts, profile_devices
+
+
+def print_plan(config: RunConfig, console: Console | None = None) -> None:
+    """A table, or with plan_json=true a JSON document, on stdout. Raises UserError."""
+    devices = devices_to_plan(config)
+    profiles = [profile_for(config.hardware, device, conf_dir()) for device in devices]
+    planned = plan_layouts(config, devices, profiles)
+    advice = "" if planned.winner else nearest_that_fits(config, devices, profiles)
+    if config.plan_json:
+        print(json.dumps(planned.summary() | {"advice": advice or None}, indent=1))
+        return
+    (console or Console()).plan_table(config, devices, planned, advice)
+
+
+def devices_to_plan(config: RunConfig) -> tuple[Device, ...]:
+    """All devices, or those that `gpus` names."""
+    hardware = config.hardware
+    if hardware.device_type == "cuda" and hardware.device is not None:
+        found = profile_devices(hardware)
+    else:
+        found = cap_memory(find_devices(hardware), hardware)
+    return select_devices(found, config.gpus, "auto")
