@@ -107,19 +107,14 @@ def measure_device(device: torch.device, compute_capability: tuple[int, int] | N
     tokens, dtype = sizes.tokens, torch.bfloat16
     x = torch.randn(1, tokens, arch.dim, device=device, dtype=dtype)
 
-    shapes = (
+    gemm_s, gemm_flops = 0.0, 0
+    for rows, columns, count in (  # of one block
         (arch.dim, arch.dim, 6),
         (arch.dim, arch.ffn_dim, 1),
         (arch.ffn_dim, arch.dim, 1),
-    )  # of one block
-    gemm_s, gemm_flops = 0.0, 0
-    for rows, columns, count in shapes:
-        given = torch.randn(tokens, rows, device=device, dtype=dtype)
-        weight = torch.randn(columns, rows, device=device, dtype=dtype) / rows**0.5
-        bias = torch.zeros(columns, device=device, dtype=dtype)
-        gemm_s += count * seconds(device, lambda: F.linear(given, weight, bias))  # noqa: B023
+    ):
+        gemm_s += count * seconds(device, linear(tokens, rows, columns, device, dtype))
         gemm_flops += count * 2 * tokens * rows * columns
-    del given, weight, bias
 
     kernel = choose_attention(
         "auto",
@@ -131,7 +126,6 @@ def measure_device(device: torch.device, compute_capability: tuple[int, int] | N
     attend = attention_function(kernel)
     q, k, v = (x.unflatten(-1, (-1, arch.head_dim)).clone() for _ in range(3))
     attention_s = seconds(device, lambda: attend(q, k, v))
-    del k, v
 
     elementwise_s = seconds(device, elementwise(x, q, arch, grid))
     source, target = torch.empty(2, 2**28 if on_gpu else 2**24, dtype=torch.uint8, device=device)
@@ -153,6 +147,16 @@ def measure_device(device: torch.device, compute_capability: tuple[int, int] | N
         host_link_gb_s=host_link,
         context_gib=context,
     )
+
+
+def linear(
+    tokens: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[], object]:
+    """One linear layer, with its bias, on all tokens."""
+    x = torch.randn(tokens, rows, device=device, dtype=dtype)
+    weight = torch.randn(columns, rows, device=device, dtype=dtype) / rows**0.5
+    bias = torch.zeros(columns, device=device, dtype=dtype)
+    return lambda: F.linear(x, weight, bias)
 
 
 def elementwise(
@@ -189,7 +193,8 @@ def seconds(device: torch.device, function: Callable[[], object]) -> float:
     while time.perf_counter() < warm_until:
         one = timed(device, function, repeats)
         repeats = max(1, min(50, int(0.05 / max(one, 1e-7))))
-    times, stop = [], time.perf_counter() + MEASURE_S * scale
+    times: list[float] = []
+    stop = time.perf_counter() + MEASURE_S * scale
     while time.perf_counter() < stop or len(times) < 3:
         times.append(timed(device, function, repeats))
     return statistics.median(times)
@@ -216,8 +221,13 @@ def measure_link(devices: list[torch.device]) -> tuple[float | None, float | Non
     first, second = devices[:2]
     large = torch.randn(32760 * 5120, device=first, dtype=torch.bfloat16)
     small = large[:1024].clone()
-    one = seconds(first, lambda: (large.to(second), synchronize(second)))
-    return large.nbytes / one / 1e9, seconds(first, lambda: (small.to(second), synchronize(second))) * 1e6
+
+    def copy(tensor: torch.Tensor) -> None:
+        tensor.to(second)
+        synchronize(second)
+
+    large_s, small_s = seconds(first, lambda: copy(large)), seconds(first, lambda: copy(small))
+    return large.nbytes / large_s / 1e9, small_s * 1e6
 
 
 def context_gib(device: torch.device) -> float | None:

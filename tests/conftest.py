@@ -1,6 +1,8 @@
 """What tests of the engine share: a run config small enough for a second a run."""
 
+import multiprocessing
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -52,9 +54,25 @@ def compose_run(*overrides: str) -> RunConfig:
         return to_run_config(compose("config", overrides=[*TINY, *overrides]))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> None:
+    """The server that workers are forked from, with wanexp loaded wherever a test's working folder is.
+
+    It imports without the sys.path of its parent (up to Python 3.13), and in silence not at all where it cannot.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+        multiprocessing.set_forkserver_preload(["wanexp.preload"])
+        forkserver.ensure_running()
+
+
 @pytest.fixture
 def run_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Composer:
-    """Composes a tiny run without tracking; the test runs in an empty folder and under no outer torchrun."""
+    """Composes a tiny run without tracking; the test runs in an empty folder and under no outer torchrun.
+
+    One thread a rank: several spin against each other where the machine has other work.
+    """
+    monkeypatch.setattr("wanexp.runner._usable_cores", lambda: 1)
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "HYDRA_FULL_ERROR"):
         monkeypatch.delenv(name, raising=False)

@@ -85,23 +85,6 @@ def never_starts(job: Job) -> None:
     time.sleep(600)
 
 
-def ignores_sigterm(job: Job) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    original = worker._end_at_once_on_signals
-
-    def leave() -> None:
-        original()
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    worker._end_at_once_on_signals = leave
-    worker.main(job)
-
-
-def is_slow(job: Job) -> None:
-    _in_step_of(0, lambda: time.sleep(600))
-    worker.main(job)
-
-
 def answers_wrongly(job: Job) -> None:
     """The run itself, not its reference, predicts a flow that is 1 % off."""
     if job.reference_of is None:

@@ -20,9 +20,14 @@ def test_read_back(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_record(tmp_path: Path) -> None:
     make_record().write(tmp_path)
-    with pytest.raises(ValueError):
-        make_record(metrics={"latency/step_ms": float("nan")}).write(tmp_path)
+    with pytest.raises(TypeError):
+        make_record(samples={"step_ms": object()}).write(tmp_path)
     assert read_record(tmp_path) == make_record()
+
+
+def test_what_json_has_no_number_for_is_null(tmp_path: Path) -> None:
+    path = make_record(samples={"losses": [1.0, float("nan"), float("inf")]}).write(tmp_path)
+    assert json.loads(path.read_text())["samples"]["losses"] == [1.0, None, None]
 
 
 def test_keys_of_the_schema(tmp_path: Path) -> None:

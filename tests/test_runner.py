@@ -23,6 +23,7 @@ FEW = ("workload.num_steps=3",)
 MODES = {
     "data_parallel": ("parallelism=data_parallel", "gpus=[0,1]"),
     "distributed": ("parallelism=distributed", "gpus=[0,1]"),
+    "four_processes": ("parallelism=data_parallel", "gpus=[0,1,2,3]", "workload.batch_size=5"),
     "block_distribution": ("parallelism=block_distribution", "gpus=[0,1,2,3]"),
 }
 WORKLOADS = {
@@ -54,6 +55,7 @@ def execute(run_config: Composer, tmp_path: Path):
     [
         ("data_parallel", "cfg"),
         ("data_parallel", "i2v_clip"),
+        ("four_processes", "two_experts"),
         ("distributed", "no_cfg"),
         ("distributed", "ti2v"),
         ("block_distribution", "two_experts"),

@@ -29,6 +29,9 @@ from wanexp.job import Job
 
 POLL_S = 0.1
 STACKS_S = 0.5  # for the ranks to write their stacks before they are killed
+START_LIMIT_S = (
+    120.0  # for a rank's first sign of life, whatever the limit of a stall: importing torch can take long
+)
 LAST_RESORT_S = 5.0  # after which a launch that was given up is ended by a signal to this process
 
 
@@ -167,9 +170,11 @@ class Watcher(threading.Thread):
             if not working or self.timeout_message:
                 continue
             silent = min(working, key=lambda rank: self._last_seen[rank])
-            if all(now - self._last_seen[rank] > limits.stall_s for rank in working):
+            has_started = len(self._start_events) == len(self._last_seen)
+            stall_s = limits.stall_s if has_started else max(limits.stall_s, START_LIMIT_S)
+            if all(now - self._last_seen[rank] > stall_s for rank in working):
                 self._give_up(
-                    f"no sign of life for {limits.stall_s:g} s (limits.stall_s); rank {silent} fell silent first, "
+                    f"no sign of life for {stall_s:g} s (limits.stall_s); rank {silent} fell silent first, "
                     f"in phase '{self._phase[silent]}'"
                 )
             elif now - self._begin > limits.run_s:
@@ -194,6 +199,7 @@ class Watcher(threading.Thread):
         self.timeout_message = message
         self._signal_ranks(signal.SIGUSR1)
         time.sleep(STACKS_S)
+        self._read()  # who has started meanwhile
         self._signal_ranks(signal.SIGKILL)
         has_handler = callable(signal.getsignal(signal.SIGTERM))
         if (

@@ -39,16 +39,17 @@ def benchmark_multi_gpu_performance(
     arguments or a tuple; a round is one forward, of data_parallel and distributed one a replica, all at once. The model
     stays as and where it is: see wanexp/guide/benchmark.py. Compiled blocks run uncompiled, as copies lose that.
 
-    `model` as a path: real runs (`python -m wanexp`) of that checkpoint, each in processes of its own, planned first, on
-    samples of its own; of `input_data` only the latent's size is used, None takes the model's usual video.
+    `model` as a path: real runs (`python -m wanexp`) of that checkpoint, each in processes of its own, planned first,
+    on samples of its own; of `input_data` only the latent's size is used, None takes the model's usual video. Their
+    records stay in multirun/runs ("record").
 
     Without GPUs two logical CPU devices take their place: true times, which say nothing of GPUs.
 
     Returns:
         mode -> {"ran": True, "devices", "num_runs", "median_ms", "iqr_ms", "min_ms", "max_ms", "samples_ms" (a round
-        each), "samples_per_run", "samples_per_s", "peak_gib" (by device), against mode none "throughput_ratio" (replicas)
-        or "speedup" (block_distribution), "rel_l2" and "bit_equal" (the answers), and "warning" where there is one}, or
-        {"ran": False, "reason": ...} where it does not fit or makes no sense here.
+        each), "samples_per_run", "samples_per_s", "peak_gib" (by device), against mode none "throughput_ratio"
+        (replicas) or "speedup" (block_distribution), "rel_l2" and "bit_equal" (the answers), and "warning" where there
+        is one}, or {"ran": False, "reason": ...} where it does not fit or makes no sense here.
 
     Raises UserError for inputs that are no inputs; an error of the model itself passes through.
     """

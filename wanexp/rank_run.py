@@ -25,7 +25,13 @@ from wanexp.measure.memory import (
     read_peaks,
     reset_peaks,
 )
-from wanexp.measure.parity import NUM_PARITY_FORWARDS, blocks_to_verify, compare_answers, read_answer, write_answer
+from wanexp.measure.parity import (
+    NUM_PARITY_FORWARDS,
+    blocks_to_verify,
+    compare_answers,
+    read_answer,
+    write_answer,
+)
 from wanexp.measure.timing import Stopwatch
 from wanexp.parallel.block_distribution import position_of
 from wanexp.parallel.data_parallel import gather_batch, scatter_batch

@@ -6,7 +6,6 @@ imported again at any time.
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ class Record:
         path = folder / FILE_NAME
         draft = path.with_suffix(".json.partial")
         draft.write_text(json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n")
-        os.replace(draft, path)
+        draft.replace(path)
         return path
 
 

@@ -170,7 +170,9 @@ def execute(config: RunConfig, prepared: Prepared, record: Record, folder: Path,
             record.metrics |= metrics
             record.warnings += warnings
             if "energy/joules" in metrics:
-                record.metrics["energy/joules_per_step"] = metrics["energy/joules"] / config.workload.num_steps
+                record.metrics["energy/joules_per_step"] = (
+                    metrics["energy/joules"] / config.workload.num_steps
+                )
         if launched.outcome == "finished" and "parity_blocks" in launched.reports[0]:
             compare_with_reference(record, job, launched.reports[0]["parity_blocks"], progress)
     leave_out_what_is_not_finite(record)
@@ -258,7 +260,9 @@ def compare_with_reference(record: Record, job: Job, num_blocks: int, progress: 
             f"{config.precision.name} allows {config.precision.tolerance:g}"
         )
     elif plan.must_be_bit_equal(config.workload.name) and not parity["bit_equal"]:
-        record.warnings.append("the answer is within tolerance of mode none but not bit-equal, as it should be here")
+        record.warnings.append(
+            "the answer is within tolerance of mode none but not bit-equal, as it should be here"
+        )
     (job.run_folder / "parity.safetensors").unlink(missing_ok=True)
 
 
@@ -308,5 +312,3 @@ def _usable_cores() -> int:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-

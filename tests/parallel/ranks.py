@@ -1,6 +1,5 @@
 """Runs a function on real gloo ranks and hands back what each returns."""
 
-import multiprocessing
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,7 +13,6 @@ import torch.multiprocessing as mp
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(rank, *arguments)` in `world_size` processes with a process group; results by rank."""
-    multiprocessing.set_forkserver_preload(["wanexp.preload"])
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
             _enter, (world_size, folder, function, arguments), nprocs=world_size, start_method="forkserver"

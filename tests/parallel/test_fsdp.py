@@ -15,9 +15,17 @@ from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.transformer import WanTransformer, first_blocks
 from wanexp.wan.weights import RandomWeights, load_weights, local_tensor
 
-# Output rows (40) and the patch embedding (104) do not divide by 3, modulation ([1, 6, dim]) by nothing.
+# 16 rows of the head, 104 of the attention, 202 of the FFN do not divide by 3, the one of modulation by nothing.
 T2V = WanArchitecture(
-    dim=104, ffn_dim=202, num_heads=4, num_layers=3, text_dim=32, text_len=12, freq_dim=16, in_channels=4, out_channels=4
+    dim=104,
+    ffn_dim=202,
+    num_heads=4,
+    num_layers=3,
+    text_dim=32,
+    text_len=12,
+    freq_dim=16,
+    in_channels=4,
+    out_channels=4,
 )
 I2V = dataclasses.replace(T2V, clip_tokens=5, clip_dim=24, in_channels=12)
 
@@ -103,7 +111,9 @@ def inference(rank: int) -> dict:
             with first_blocks(model, 2), first_blocks(whole, 2):
                 results[label, "first blocks"] = (model(**given) - whole(**given)).abs().max().item()
             results[label, "again"] = (model(**given) - expected).abs().max().item()
-        assert held == sum(local_tensor(parameter).numel() for parameter in model.parameters())  # let go again
+        assert held == sum(
+            local_tensor(parameter).numel() for parameter in model.parameters()
+        )  # let go again
         results[label, "held"] = held
     return results
 
@@ -143,7 +153,9 @@ def training(rank: int) -> dict:
         mean = torch.tensor(own_losses)
         dist.all_reduce(mean)
         # Of all weights together: AdamW blows rounding up where a gradient is next to nothing.
-        found = torch.cat([parameter.full_tensor().detach().flatten() for _, parameter in model.named_parameters()])
+        found = torch.cat(
+            [parameter.full_tensor().detach().flatten() for _, parameter in model.named_parameters()]
+        )
         results[replicas, checkpointing] = {
             "loss": (mean / world - torch.tensor(losses)).abs().max().item(),
             "gradient": ((own_gradient - gradient).norm() / gradient.norm()).item(),
@@ -178,11 +190,14 @@ def test_same_as_unsharded(world):
             arch, size = (I2V if label == "i2v" else T2V), (2 if "bf16" in label else 4)
             if case == "held":
                 rows = [
-                    shard_part(shape, degree=world, index=rank).shape_in(shape) for _, shape in arch.tensor_shapes()
+                    shard_part(shape, degree=world, index=rank).shape_in(shape)
+                    for _, shape in arch.tensor_shapes()
                 ]
                 assert value == sum(torch.Size(shape).numel() for shape in rows)
             elif case == "bytes":
-                assert value == fsdp_bytes(arch.num_parameters(), element_size=size, shards=world, training=False)
+                assert value == fsdp_bytes(
+                    arch.num_parameters(), element_size=size, shards=world, training=False
+                )
             else:
                 assert value <= 1e-6, (label, case, value)
         assert len(results["training"]) == (4 if world == 4 else 2)
@@ -193,7 +208,11 @@ def test_same_as_unsharded(world):
             assert result["weights"] <= 1e-6, case
             assert result["change"] > 1e-3, case  # it learns something
             assert result["bytes"] == 3 * fsdp_bytes(
-                T2V.num_parameters(), element_size=4, shards=world // replicas, replicas=replicas, training=True
+                T2V.num_parameters(),
+                element_size=4,
+                shards=world // replicas,
+                replicas=replicas,
+                training=True,
             )
         assert results["autocast"]["difference"] <= 1e-6
 

@@ -22,7 +22,15 @@ from wanexp.wan.transformer import WanTransformer
 from wanexp.wan.weights import RandomWeights, load_weights
 
 T2V = WanArchitecture(
-    dim=96, ffn_dim=200, num_heads=6, num_layers=2, text_dim=32, text_len=24, freq_dim=16, in_channels=4, out_channels=4
+    dim=96,
+    ffn_dim=200,
+    num_heads=6,
+    num_layers=2,
+    text_dim=32,
+    text_len=24,
+    freq_dim=16,
+    in_channels=4,
+    out_channels=4,
 )
 I2V = dataclasses.replace(T2V, clip_tokens=9, clip_dim=24, in_channels=12)
 VARIANTS = {"t2v": T2V, "i2v": I2V, "ti2v": T2V}
@@ -75,7 +83,9 @@ def answers(rank: int) -> dict:
         traffic = tensor_parallel(model, group)
         loader = Loader(
             arch,
-            part_of=lambda rank, name, shape, arch=arch: tensor_part(name, shape, arch, degree=degree, rank=rank),
+            part_of=lambda rank, name, shape, arch=arch: tensor_part(
+                name, shape, arch, degree=degree, rank=rank
+            ),
             nodes=[range(degree)],
             rank=rank,
             home=torch.device("cpu"),

@@ -12,18 +12,22 @@ from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.transformer import WanTransformer
 
 ARCHITECTURES = {
-    "wan_14b_proportions": dict(
-        dim=256, ffn_dim=691, num_heads=2
-    ),  # ffn 2.7 x dim: the FFN is the worst moment
-    "small_ffn": dict(dim=256, ffn_dim=512, num_heads=4),  # the second norm is
-    "wan_1.3b_proportions": dict(dim=256, ffn_dim=1493, num_heads=2),
-    "i2v": dict(dim=256, ffn_dim=691, num_heads=2, in_channels=36, clip_tokens=257),
+    "wan_14b_proportions": {
+        "dim": 256,
+        "ffn_dim": 691,
+        "num_heads": 2,
+    },  # ffn 2.7 x dim: the FFN is the worst moment
+    "small_ffn": {"dim": 256, "ffn_dim": 512, "num_heads": 4},  # the second norm is
+    "wan_1.3b_proportions": {"dim": 256, "ffn_dim": 1493, "num_heads": 2},
+    "i2v": {"dim": 256, "ffn_dim": 691, "num_heads": 2, "in_channels": 36, "clip_tokens": 257},
 }
 GRIDS = {"long": (1, (5, 20, 16)), "two_samples": (2, (3, 8, 8))}
 
 
 def architecture(name: str, **changes: int) -> WanArchitecture:
-    return WanArchitecture(**(dict(num_layers=2, text_dim=64, freq_dim=32) | ARCHITECTURES[name] | changes))
+    return WanArchitecture(
+        **({"num_layers": 2, "text_dim": 64, "freq_dim": 32} | ARCHITECTURES[name] | changes)
+    )
 
 
 def traced_peak(s: Sizes) -> int:

@@ -1,4 +1,4 @@
-"""Decisions of the planner, pinned, each with its arithmetic by hand in a comment; and every sentence of a rejection."""
+"""Decisions of the planner, pinned, each with its arithmetic by hand; and every sentence of a rejection."""
 
 import dataclasses
 import math
@@ -171,7 +171,7 @@ def test_guide_1_two_rtx4090_with_14b_is_not_data_parallel():
 
 
 def test_guide_2_four_rtx3080_with_14b_fits_a_shorter_video():
-    """26.6 / 4 = 6.65, + 0.4 of embeddings on gpu0 + 2.7 + 0.8 = 10.6 of 10 at 81 frames; 61 frames take 16 / 21 of 2.7."""
+    """26.6 / 4 = 6.65, + 0.4 of embeddings on gpu0 + 2.7 + 0.9 = 10.6 of 10; 61 frames take 16 / 21 of the 2.7."""
     result = planned("model=wan2.1_t2v_14b", "hardware=4x_rtx3080")
     assert result.winner is None
     assert rejections(result)["block_distribution x 4"] == (
@@ -323,7 +323,7 @@ def test_forward_times_on_h200(model, video, milliseconds):
 
 
 def test_memory_of_the_h200_anchors():
-    """Measured on two H200, block distribution, eager, cuDNN: 16.29 and 15.81 GiB allocated, weights 13.52 and 13.09."""
+    """Measured on two H200, block distribution, cuDNN: 16.29 and 15.81 GiB allocated, weights 13.52 and 13.09."""
     result = planned("model=wan2.1_t2v_14b", "hardware=2x_h200")
     blocks = next(c for c in result.candidates if c.name == "block_distribution x 2")
     assert [round(entry.weights / GIB, 2) for entry in blocks.memory] == [13.52, 13.09]

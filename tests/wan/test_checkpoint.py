@@ -107,7 +107,13 @@ def parts_of(shape: tuple[int, ...]) -> list[Part]:
     return [
         Part(dim, start, stop)
         for dim, size in enumerate(shape)
-        for start, stop in ((0, size // 2), (size // 3, size - size // 3), (size - 1, size), (0, size), (size, size))
+        for start, stop in (
+            (0, size // 2),
+            (size // 3, size - size // 3),
+            (size - 1, size),
+            (0, size),
+            (size, size),
+        )
     ]
 
 
@@ -142,7 +148,9 @@ def test_part_read_to_a_gpu(tmp_path, monkeypatch, staging):
     for name, shape in SMALL.tensor_shapes():
         for part in parts_of(shape):
             on_gpu = checkpoint.read(name, device="cuda", dtype=torch.bfloat16, part=part)
-            assert torch.equal(on_gpu.cpu(), checkpoint.read(name, device="cpu", dtype=torch.bfloat16, part=part))
+            assert torch.equal(
+                on_gpu.cpu(), checkpoint.read(name, device="cpu", dtype=torch.bfloat16, part=part)
+            )
 
 
 def test_part_of_a_file_truncated_after_opening(tmp_path):

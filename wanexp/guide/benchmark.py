@@ -51,7 +51,7 @@ def benchmark_model(model: nn.Module, input_data: Any, num_runs: int) -> dict[st
     """Figures of every mode; see `wanexp.multi_gpu_utils.benchmark_multi_gpu_performance`."""
     if any(module._forward_pre_hooks for module in getattr(model, "blocks", None) or ()):
         raise UserError(
-            "the model's blocks have hooks (is it distributed already?); give the bare model, on one device or on the CPU"
+            "the model's blocks have hooks (is it distributed already?); give the bare model, on one device or the CPU"
         )
     owned = _devices(model)
     call = _as_call(input_data)
@@ -72,6 +72,8 @@ def benchmark_model(model: nn.Module, input_data: Any, num_runs: int) -> dict[st
         if figures["ran"] and results["none"]["ran"] and mode != "none":
             ratio = figures["samples_per_s"] / results["none"]["samples_per_s"]
             figures["throughput_ratio" if mode in REPLICA_MODES else "speedup"] = ratio
+            if "warning" in results["none"] and "warning" not in figures:
+                figures["warning"] = "mode none was noisy, so the ratio to it is doubtful"
     return results
 
 
@@ -85,7 +87,7 @@ def _measure(
     with torch.no_grad():
         prepared = _PREPARE[mode](model, call, devices)
         for _ in range(NUM_WARMUP_RUNS):
-            outputs = prepared.run()
+            prepared.run()
         with _peaks(prepared.twins, model, owned, devices) as peaks:
             samples, outputs = _time(prepared.run, devices, num_runs)
     if mode == "none":
@@ -172,7 +174,9 @@ def twin_of(model: nn.Module, device_of: Callable[[str], torch.device], *, own: 
         device = device_of(name)
         is_there = tensor.device == device and not own
         moved = tensor.detach() if is_there else tensor.detach().to(device, copy=True)
-        memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+        memo[id(tensor)] = (
+            nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+        )
     return copy.deepcopy(model, memo).eval()
 
 
@@ -180,7 +184,9 @@ def _replicas(model: nn.Module, devices: Sequence[torch.device]) -> list[nn.Modu
     if devices[0].type == "cpu":
         needed, free = _num_bytes([model]) * (len(devices) - 1), psutil.virtual_memory().available
         if needed > free:
-            raise UserError(f"needs {needed / GIB:.1f} GiB of host memory for the replicas, {free / GIB:.1f} free")
+            raise UserError(
+                f"needs {needed / GIB:.1f} GiB of host memory for the replicas, {free / GIB:.1f} free"
+            )
     return [
         twin_of(model, lambda _, device=device: device, own=position > 0)  # type: ignore[misc]
         for position, device in enumerate(devices)
@@ -266,9 +272,9 @@ def _peaks(
     """
     peaks: dict[str, float] = {}
     on_gpu = devices[0].type == "cuda"
-    for device in devices:
+    for torch_dev in devices:
         if on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.reset_peak_memory_stats(torch_dev)
     yield peaks
     used = {tensor.data_ptr() for twin in twins for tensor in (*twin.parameters(), *twin.buffers())}
     for position, (device, torch_dev) in enumerate(zip(owned, devices, strict=True)):

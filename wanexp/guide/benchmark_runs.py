@@ -1,15 +1,23 @@
 """The guide's modes on a checkpoint: real wanexp runs, each a program of its own, and what their records say."""
 
+import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import wanexp
 from wanexp.config import RunConfig
 from wanexp.errors import UserError
-from wanexp.guide.configuration import GUIDE_MODES, checkpoint_overrides, compose_config, open_all_experts
+from wanexp.guide.configuration import (
+    GUIDE_MODES,
+    checkpoint_overrides,
+    compose_config,
+    open_all_experts,
+    quoted,
+)
 from wanexp.parallel.layout import REPLICA_MODES
 from wanexp.record import Record, read_record
 
@@ -26,14 +34,17 @@ def benchmark_checkpoint(path: str | Path, input_data: Any, num_runs: int) -> di
     ]
     overrides += _video(compose_config(overrides), input_data)
     compose_config(overrides)  # what is wrong with them is said once, not by each run
-    results = {}
-    with tempfile.TemporaryDirectory(prefix="wanexp-benchmark-") as folder:
-        for mode in GUIDE_MODES:
-            results[mode] = _run([*overrides, f"parallelism={mode}"], Path(folder) / mode)
+    runs, now = Path("multirun/runs").resolve(), datetime.now()
+    results = {
+        mode: _run([*overrides, f"parallelism={mode}"], runs / f"{now:%Y-%m-%d_%H-%M-%S-%f}_benchmark_{mode}")
+        for mode in GUIDE_MODES
+    }
     base = results["none"].get("samples_per_s")
     for mode, figures in results.items():
         if figures["ran"] and base and mode != "none":
-            figures["throughput_ratio" if mode in REPLICA_MODES else "speedup"] = figures["samples_per_s"] / base
+            figures["throughput_ratio" if mode in REPLICA_MODES else "speedup"] = (
+                figures["samples_per_s"] / base
+            )
     return results
 
 
@@ -56,16 +67,21 @@ def _video(config: RunConfig, input_data: Any) -> list[str]:
 
 def _run(overrides: list[str], folder: Path) -> dict[str, Any]:
     """One run. Random samples of the seed; a sample a replica."""
-    command = [sys.executable, "-m", "wanexp", *overrides, f"hydra.run.dir='{folder}'"]
-    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "wanexp", *overrides, f"hydra.run.dir={quoted(folder)}"]
+    # Also where wanexp is not installed but found in the current folder
+    path = [str(Path(wanexp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    ended = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=environment
+    )
     try:
         record = read_record(folder)
     except UserError:
         lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
         return {"ran": False, "reason": lines[-1].removeprefix("error: ")}
     if record.outcome not in ("finished", "inexact"):
-        return {"ran": False, "reason": f"{record.outcome}: {record.message}"}
-    return {"ran": True, **figures_of(record)}
+        return {"ran": False, "reason": f"{record.outcome}: {record.message}", "record": str(folder)}
+    return {"ran": True, **figures_of(record), "record": str(folder)}
 
 
 def figures_of(record: Record) -> dict[str, Any]:
@@ -84,7 +100,7 @@ def figures_of(record: Record) -> dict[str, Any]:
         "peak_gib": {
             name.split("/")[1]: value
             for name, value in metrics.items()
-            if name.startswith("memory/") and name.endswith("/peak_allocated_gib")
+            if name.startswith(("memory/gpu", "memory/cpu")) and name.endswith("/peak_allocated_gib")
         },
     }
     if "parity/rel_l2" in metrics:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,8 @@ def _mode(settings: Mapping[str, Any], gpu_ids: Sequence[int] | None) -> str | N
 
 def _gpu_ids(written: Any) -> list[int]:
     """From "0,1", from 0 or from [0, 1]."""
-    parts = written.split(",") if isinstance(written, str) else written if isinstance(written, list | tuple) else [written]
+    parts = written.split(",") if isinstance(written, str) else written
+    parts = parts if isinstance(parts, list | tuple) else [parts]
     indices = []
     for part in parts:
         text = str(part).strip()
@@ -149,19 +151,27 @@ def checkpoint_overrides(path: Path, experts: "Sequence[Checkpoint]") -> list[st
     name = published_name(architecture, num_experts)
     if name is not None:
         return [f"model={name}", f"checkpoint={quoted(path)}"]
-    sizes = [f"model.architecture.{item.name}={getattr(architecture, item.name)}" for item in fields(architecture)]
+    tiny = _published("tiny")[0]
+    sizes = [
+        f"model.architecture.{item.name}={size}"
+        for item in fields(architecture)
+        if (size := getattr(architecture, item.name)) != getattr(tiny, item.name)
+    ]
     pair = [f"model.num_experts={num_experts}", "model.expert_boundary=0.9"] if num_experts > 1 else []
     return ["model=tiny", "model.name=custom", *sizes, *pair, f"checkpoint={quoted(path)}"]
 
 
 def published_name(architecture: WanArchitecture, num_experts: int) -> str | None:
     """The first model of conf/model with these sizes. A single expert of Wan 2.2 goes as the 2.1 model of its size."""
-    for name in _choices("model"):
-        model = OmegaConf.load(conf_dir() / "model" / f"{name}.yaml")
-        known = WanArchitecture(**OmegaConf.to_container(model.architecture))  # type: ignore[arg-type]
-        if known == architecture and model.get("num_experts", 1) == num_experts:
-            return name
-    return None
+    return next((name for name in _choices("model") if _published(name) == (architecture, num_experts)), None)
+
+
+@cache
+def _published(name: str) -> tuple[WanArchitecture, int]:
+    """Sizes and number of experts of a model of conf/model."""
+    model = OmegaConf.to_container(OmegaConf.load(conf_dir() / "model" / f"{name}.yaml"))
+    assert isinstance(model, dict)
+    return WanArchitecture(**model["architecture"]), model.get("num_experts", 1)
 
 
 def compose_config(overrides: Sequence[str]) -> RunConfig:

@@ -1,6 +1,7 @@
 """The GPUs of this machine as torch numbers them: can they be used together, and what are they doing now?"""
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,10 @@ def validate_gpu_setup(
     try:
         found = find_devices(HardwareConfig(name="auto", device_type="cuda"))
     except UserError as error:
-        return False, str(error)
+        reason = re.search(
+            r"none can be used \((.*)\); write", str(error)
+        )  # else torch crashed, and it says so
+        return False, f"no GPU can be used: {reason[1]}" if reason else str(error)
     by_index = {device.index: device for device in found}
     missing = [str(index) for index in gpu_ids if index not in by_index]
     if missing:
@@ -133,8 +137,8 @@ def _build_problems(devices: Sequence[Device]) -> list[str]:
         capability = device.compute_capability
         if built_for and capability and capability[0] * 10 + capability[1] < min(built_for):
             problems.append(
-                f"{device.label} ({device.name}{_sm(device)}): torch {torch.__version__} is built for sm_{min(built_for)} "
-                "and above; install a build that has it"
+                f"{device.label} ({device.name}{_sm(device)}): torch {torch.__version__} is built for "
+                f"sm_{min(built_for)} and above; install a build that has it"
             )
     return problems
 
@@ -193,9 +197,9 @@ def print_gpu_status() -> None:
         nvml, notes = None, [f"no telemetry: {error}"]
     try:
         for device in devices:
-            state, note = _state(nvml, device)
+            state, warnings = _state(nvml, device)
             rows.append((str(device.index), device.name, *state, device.uuid or "-"))
-            notes += note
+            notes += warnings
     finally:
         if nvml is not None:
             nvml.nvmlShutdown()

@@ -15,11 +15,13 @@ from wanexp.guide.configuration import GUIDE_MODES, checkpoint_overrides, compos
 from wanexp.guide.gpus import PRECISION_NEEDS
 from wanexp.hardware.devices import Device, find_devices
 from wanexp.hardware.profiles import profile_for
+from wanexp.parallel.layout import REPLICA_MODES
 from wanexp.planning.memory import GIB
 from wanexp.planning.planner import Candidate, Planned, nearest_that_fits, plan_layouts
 from wanexp.planning.preflight import choose
 from wanexp.workloads.sizes import num_tokens
 
+OBJECTIVE = "objective=throughput"
 MAX_GIB = 1024.0  # of one GPU: more than that is a number in MiB
 
 
@@ -53,7 +55,7 @@ def setup_optimal_parallelism(
     if not on_gpu:
         devices = devices[:1]
     precision = _precision(devices)
-    overrides = [*checkpoint_overrides(path, experts), f"precision={precision}", "objective=throughput"]
+    overrides = [*checkpoint_overrides(path, experts), f"precision={precision}", OBJECTIVE]
     if overrides[0] == "model=tiny":  # a model of its own sizes: judged at the size most people make
         overrides.append("video=480p")
     config = compose_config(overrides)
@@ -67,7 +69,9 @@ def setup_optimal_parallelism(
         "parallelism_type": mode,
         "gpu_ids": [device.index for device in choice.devices] if on_gpu else [],
         "enable_block_distribution": mode == "block_distribution",
-        "reason": _reason(config, planned, choice, advice, stored=stored, storage=experts[0].storage, on_gpu=on_gpu),
+        "reason": _reason(
+            config, planned, choice, advice, stored=stored, storage=experts[0].storage, on_gpu=on_gpu
+        ),
         "plan": planned.summary()
         | {
             "advice": advice or None,
@@ -75,9 +79,14 @@ def setup_optimal_parallelism(
             "video": f"{config.video.width}x{config.video.height}, {config.video.num_frames} frames",
             "precision": config.precision.name,
             "checkpoint_gib": stored / GIB,
-            "command": " ".join(["python -m wanexp", *map(shlex.quote, overrides), choice.settings]),
+            "command": None if choice.rejection else _command(overrides, choice),
         },
     }
+
+
+def _command(overrides: Sequence[str], choice: Candidate) -> str:
+    words = [shlex.quote(override) for override in overrides if override != OBJECTIVE]
+    return " ".join(["python -m wanexp", *words, choice.settings])
 
 
 def _found() -> HardwareConfig:
@@ -129,14 +138,14 @@ def _reason(
     experts = f"{model.num_experts} experts, together " if model.num_experts > 1 else ""
     dequantised = f", so {precision.name} is what the GPUs hold" if precision.name != storage else ""
     lines = [
-        f"{model.name}: {experts}{weights / 1e9:.2f} B parameters, {stored / GIB:.1f} GiB as {storage} on disk, "
-        f"{2 * weights / GIB:.1f} GiB of weights as {precision.name}{dequantised}.",
+        f"{model.name}: {experts}{weights / 1e9:.3g} B parameters, {_gib(stored)} GiB as {storage} on disk, "
+        f"{_gib(2 * weights)} GiB of weights as {precision.name}{dequantised}.",
         f"At {video.width}x{video.height} and {video.num_frames} frames ({num_tokens(model, video):,} tokens), "
         "GiB on each GPU (weights + activations + CUDA context and workspaces):",
     ]
     if not on_gpu:
         lines[1] = lines[1].replace("GiB on each GPU", "GiB").replace("CUDA context and ", "")
-        lines.append(f"{_arithmetic(choice)}: {choice.rejection or 'fits'}.")
+        lines.append(f"{_arithmetic(choice)}: {_verdict(choice)}.")
         lines.append(
             "No GPU can be used here, so it runs in mode none on the CPU, which takes long. To plan for GPUs that this "
             "machine does not have, give available_vram, such as [24, 24]."
@@ -146,23 +155,32 @@ def _reason(
     for candidate in planned.candidates:
         if candidate.plan and candidate.parallelism.mode in GUIDE_MODES and candidate.name not in seen:
             seen.add(candidate.name)
-            lines.append(f"{candidate.name}: {_arithmetic(candidate)}: {candidate.rejection or 'fits'}.")
+            lines.append(f"{candidate.name}: {_arithmetic(candidate)}: {_verdict(candidate)}.")
     if choice.rejection:
-        lines.append(f"Nothing fits; {choice.name} is short by the least. What would fit: {advice or 'nothing found'}.")
+        lines.append(
+            f"Nothing fits; {choice.name} is short by the least. What would fit: {advice or 'nothing found'}."
+        )
     else:
-        lines.append(f"So {choice.name}: {_WHY[choice.parallelism.mode]}.")
+        lines.append(f"So {choice.name}: {_why(planned, choice)}.")
     best = planned.winner
     if best and best.parallelism.mode not in GUIDE_MODES:
         lines.append(f"Better still, and not among the guide's modes: {best.settings}.")
     return "\n".join(lines)
 
 
-_WHY = {
-    "none": "one GPU holds all of it, and more would not make it faster",
-    "data_parallel": "every GPU holds all of it, so each makes a video of its own; one video takes as long as on one GPU",
-    "distributed": "every GPU holds all of it and makes a video of its own",
-    "block_distribution": "the blocks are spread, because no mode that keeps the model whole does better",
-}
+def _why(planned: Planned, choice: Candidate) -> str:
+    mode = choice.parallelism.mode
+    if mode == "none":
+        return "one GPU holds all of it, and there is no other that would add to it"
+    if mode in REPLICA_MODES:
+        return "each of these GPUs holds all of it and makes videos of its own; a single video gets no faster"
+    if planned.baseline and planned.baseline.rejection:
+        return "no GPU holds all of it, together they do"
+    return "each GPU holds a part, and that gives the most videos an hour here"
+
+
+def _verdict(candidate: Candidate) -> str:
+    return "does not fit" if candidate.rejection else "fits"
 
 
 def _arithmetic(candidate: Candidate) -> str:
@@ -171,9 +189,14 @@ def _arithmetic(candidate: Candidate) -> str:
     for device, memory in zip(candidate.devices, candidate.memory, strict=True):
         model = memory.weights + memory.states
         rest = memory.needed - model - memory.activations
-        numbers = " + ".join(f"{number / GIB:.1f}" for number in (model, memory.activations, rest))
-        text = f"{numbers} = {memory.needed / GIB:.1f} of {device.free_bytes / GIB:.1f} free"
+        numbers = " + ".join(map(_gib, (model, memory.activations, rest)))
+        text = f"{numbers} = {_gib(memory.needed)} of {_gib(device.free_bytes)} free"
         parts.setdefault(text, []).append(device.label)
     if len(parts) == 1:
         return next(iter(parts))
     return "; ".join(f"{', '.join(labels)} {text}" for text, labels in parts.items())
+
+
+def _gib(num_bytes: int) -> str:
+    """One decimal; two digits of what is smaller than that."""
+    return f"{num_bytes / GIB:.1f}" if num_bytes == 0 or num_bytes >= 0.05 * GIB else f"{num_bytes / GIB:.1g}"

@@ -6,6 +6,7 @@ by ownership (weights, gradients, optimiser state, in bytes), and what the proce
 
 import resource
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def peak_rss_gib() -> float:
 def anonymous_rss_bytes() -> int:
     """Host memory of this process that no file backs; 0 where /proc does not tell."""
     try:
-        with open("/proc/self/status") as status:
+        with Path("/proc/self/status").open() as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
     except (OSError, StopIteration):
         return 0

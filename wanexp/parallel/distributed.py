@@ -16,5 +16,6 @@ def synchronize_gradients(model: nn.Module, device: torch.device) -> Distributed
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,  # gradients live in the buckets: one copy of them less
+        bucket_cap_mb=256,  # all-reduces this large run at the speed of the link
         broadcast_buffers=False,  # the model has none
     )

@@ -34,7 +34,10 @@ class Layout:
         return asdict(self)
 
     def __str__(self) -> str:
-        return " x ".join(f"{name}={degree}" for name, degree in self.degrees().items() if degree > 1) or "one device"
+        return (
+            " x ".join(f"{name}={degree}" for name, degree in self.degrees().items() if degree > 1)
+            or "one device"
+        )
 
 
 def resolve_layout(parallelism: ParallelismConfig, num_gpus: int) -> Layout:
@@ -49,7 +52,9 @@ def resolve_layout(parallelism: ParallelismConfig, num_gpus: int) -> Layout:
     for name in ("dp", "blocks"):
         degree = getattr(parallelism, name)
         if degree < 1 and degree != -1:
-            raise UserError(f"parallelism.{name} is {degree}; write a number of 1 or more, or -1 for all GPUs")
+            raise UserError(
+                f"parallelism.{name} is {degree}; write a number of 1 or more, or -1 for all GPUs"
+            )
         degrees[name] = num_gpus if degree == -1 else degree
     layout = Layout(**degrees)
     if mode == "none" and num_gpus > 1:
@@ -57,9 +62,13 @@ def resolve_layout(parallelism: ParallelismConfig, num_gpus: int) -> Layout:
             f"mode none uses one device, gpus names {num_gpus}; write gpus=[0] or another parallelism"
         )
     if mode == "block_distribution" and layout.dp > 1:
-        raise LayoutError("block_distribution spreads one replica (dp=1); for replicas write parallelism=data_parallel")
+        raise LayoutError(
+            "block_distribution spreads one replica (dp=1); for replicas write parallelism=data_parallel"
+        )
     if mode in REPLICA_MODES and layout.blocks > 1:
-        raise LayoutError(f"{mode} holds whole replicas (blocks=1); to split one write parallelism=block_distribution")
+        raise LayoutError(
+            f"{mode} holds whole replicas (blocks=1); to split one write parallelism=block_distribution"
+        )
     if layout.num_devices != num_gpus:
         raise LayoutError(
             f"the layout needs dp {layout.dp} x blocks {layout.blocks} = {layout.num_devices} GPUs, "

@@ -1,8 +1,9 @@
-"""The tensors of a forward pass, in the order in which they come and go: `wan/block.py` and `wan/transformer.py` without the numbers.
+"""The tensors of a forward pass in the order in which they come and go: `wan/block.py` without the numbers.
 
-Written line by line beside those files; where they change, this must too, and `tests/planning/test_activations.py`
-compares the two (live bytes on the CPU, within 5 %). With T tokens, local batch B, U = B T dim elements in the compute
-dtype, W = the same in fp32 and F = B T ffn_dim elements in the compute dtype, the moments that can be the worst are
+Written line by line beside that file and `wan/transformer.py`; where they change, this must too, and
+`tests/planning/test_activations.py` compares the two (live bytes on the CPU, within 1 %). With T tokens, local batch B,
+U = B T dim elements in the compute dtype, W = the same in fp32 and F = B T ffn_dim elements in the compute dtype, the
+moments that can be the worst are
 
     FFN, at the GELU:         hidden + x + normed + 2 F                        3 U + 2 F    (14B: 8.4 U, the worst)
     norm2, rounding its end:  hidden + x + old normed + 2 W + new normed       4 U + 2 W    (8 U in 16 bits; 1.3B: FFN)

@@ -5,6 +5,7 @@ Pure. Weights are exact, from the architecture; activations follow `activations.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from wanexp.config import RunConfig
@@ -132,7 +133,7 @@ def _predict_device(
 
 
 def _is_interleaved(block_owner: Sequence[int]) -> bool:
-    changes = sum(a != b for a, b in zip(block_owner, block_owner[1:], strict=False))
+    changes = sum(a != b for a, b in pairwise(block_owner))
     return changes >= len(set(block_owner))
 
 

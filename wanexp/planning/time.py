@@ -34,7 +34,7 @@ LATENCY_US = 15.0  # of a copy between devices
 HIDDEN_SHARE = 0.9  # of the backward pass, during which DDP's all-reduce can run
 ADAMW_BYTES = 80  # read and written per weight by torch's foreach AdamW: 8 fp32 kernels
 # Where nothing is known of a device: ratios of a generic GPU, good for ranking and never shown
-GENERIC = DeviceProfile(bf16_tflops=100, fp32_tflops=20, memory_bandwidth_gb_s=1000, link_gb_s=32)
+GENERIC = {"bf16_tflops": 100.0, "fp32_tflops": 20.0, "memory_bandwidth_gb_s": 1000.0, "link_gb_s": 32.0}
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ def rates_of(profile: DeviceProfile | None, dtype: str, *, has_p2p: bool = True)
     measured = pick("gemm_tflops"), pick("attention_tflops"), pick("elementwise_gb_s")
     is_known = (pick(peak_name) or (measured[0] if not fp32 else None)) is not None
     is_known = is_known and (pick("memory_bandwidth_gb_s") or measured[2]) is not None
-    peak = pick(peak_name) or getattr(GENERIC, peak_name)
-    bandwidth = pick("memory_bandwidth_gb_s") or GENERIC.memory_bandwidth_gb_s
+    peak = pick(peak_name) or GENERIC[peak_name]
+    bandwidth = pick("memory_bandwidth_gb_s") or GENERIC["memory_bandwidth_gb_s"]
     attention_share = FRACTIONS["fp32_attention" if fp32 else "attention"]
     gemm, attention = (None, None) if fp32 else measured[:2]
     link = (
         pick("p2p_gb_s")
-        or (pick("link_gb_s") or GENERIC.link_gb_s) * FRACTIONS["p2p" if has_p2p else "staged"]
+        or (pick("link_gb_s") or GENERIC["link_gb_s"]) * FRACTIONS["p2p" if has_p2p else "staged"]
     )
     return Rates(
         gemm=(gemm or peak * FRACTIONS["gemm"]) * 1e12,

@@ -1,4 +1,4 @@
-"""The denoise workload: flow-matching Euler steps, with or without classifier-free guidance (CFG), on one share of a batch.
+"""The denoise workload: flow-matching Euler steps, with or without guidance (CFG), on one share of a batch.
 
     sigma' = shift * sigma / (1 + (shift - 1) * sigma),  t = 1000 * sigma',  x += (sigma'_next - sigma'_now) * v
     v = uncond + guidance * (cond - uncond)
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from wanexp.config import RunConfig
 from wanexp.measure.parity import NUM_PARITY_FORWARDS
 from wanexp.workloads.samples import Samples, timesteps_of
-
 
 
 def sigma_schedule(num_steps: int, shift: float) -> list[float]:
@@ -44,7 +43,11 @@ class Denoise:
     forwards_per_step: int
 
     def __init__(
-        self, config: RunConfig, experts: Sequence[nn.Module], samples: Samples, time_forward: Callable[[], object]
+        self,
+        config: RunConfig,
+        experts: Sequence[nn.Module],
+        samples: Samples,
+        time_forward: Callable[[], object],
     ) -> None:
         self.config = config
         self.experts = experts
