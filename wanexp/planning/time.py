@@ -2,7 +2,8 @@
 
     forward = GEMM FLOPs / gemm + attention FLOPs / attention + bytes of elementwise kernels / elementwise + seams
     step    = forwards * forward, of the slowest rank
-    training step = (1 + 2 backward + 1 recompute) * forward + optimiser bytes + what of DDP's all-reduce is not hidden
+    training step = (1 + 2 backward + 1 recompute) * forward + 1/2 attention + optimiser bytes + what of DDP's all-reduce
+                    is not hidden
 
 Rates come from the profile: measured ones (`scripts/calibrate.py`) or, where it has none, the datasheet's times a
 fraction (FRACTIONS). FLOPs as of `WanArchitecture.forward_flops`; bytes are counted kernel by kernel below.
@@ -17,7 +18,7 @@ from wanexp.planning.activations import Sizes
 from wanexp.planning.memory import sizes_of
 from wanexp.planning.plan import Plan, RankPlan, forwards_per_step
 
-# Achieved share of the datasheet's peak, from H200 (shared speed measurements of 2026-11-22, eager, bf16): GEMM at Wan
+# Achieved share of the datasheet's peak, from H200 (measured on 2026-11-22, eager, bf16): GEMM at Wan
 # shapes 789 of 989 TFLOP/s, cuDNN attention 576 of 989, P2P 394 of 450 GB/s, and elementwise kernels (mixed dtypes,
 # strided RoPE) what is left of an eager 14B forward at 480p (3241 ms): 2285 of 4800 GB/s.
 FRACTIONS = {
@@ -143,7 +144,8 @@ def predict_time(config: RunConfig, plan: Plan, profiles: Sequence[DeviceProfile
         forward_s *= plan.layout.num_ranks  # logical devices share the cores
     step_s = forwards_per_step(config) * forward_s
     if config.workload.name == "train":
-        step_s = _train_step(config, plan, forward_s, rates[plan.ranks[slowest].devices[0]])
+        rank = plan.ranks[slowest]
+        step_s = _train_step(config, plan, rank, forward_s, rates[rank.devices[0]])
     return TimePrediction(forward_s, step_s, seam_s, is_known=all(rate.is_known for rate in rates))
 
 
@@ -168,10 +170,13 @@ def _rank_forward(
     return total + seams, seams
 
 
-def _train_step(config: RunConfig, plan: Plan, forward_s: float, rates: Rates) -> float:
+def _train_step(config: RunConfig, plan: Plan, rank: RankPlan, forward_s: float, rates: Rates) -> float:
     recompute = 1 if config.workload.activation_checkpointing else 0
     num_weights = plan.weight_bytes[0] // 4 // config.model.num_experts
-    backward_s = (2 + recompute) * forward_s
+    # The backward pass of a matrix product is two of them; that of attention is five for the forward's two, as it
+    # makes the scores again (FlashAttention-2, section 3.1).
+    attention_s = len(plan.block_owner) * block_flops(sizes_of(config, rank.num_samples))[1] / rates.attention
+    backward_s = (2 + recompute) * forward_s + attention_s / 2
     replicas = plan.layout.dp
     # A ring all-reduce sends and receives 2 (N - 1) / N of the fp32 gradients (NCCL's performance notes)
     reduce_s = 2 * (replicas - 1) / replicas * 4 * num_weights / rates.link

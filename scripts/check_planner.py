@@ -1,0 +1,202 @@
+#!/usr/bin/env python
+"""Is the planner right? Its predictions beside what was measured, and its verdicts put to the test.
+
+    python scripts/check_planner.py run            # on one or two GPUs: runs the cells, some under enforced caps
+    python scripts/check_planner.py table multirun docs/results/planner.md     # from the records, anywhere
+
+The cells of `run` measure peak and step time at several sizes. Its caps (hardware.enforce_memory) stand just below and
+just above the predicted need of a device: below, the plan says that the run cannot fit, and forced to start it must
+run out of memory; above it must finish.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # works without an installation, too
+
+from wanexp.errors import UserError
+from wanexp.record import Record, read_record
+
+# Overrides of each sweep: GPUs that it needs, what it runs
+CAPS = (
+    (
+        2,
+        ["model=wan2.1_t2v_14b", "parallelism=block_distribution", "gpus=[0,1]"],
+        (16.1, 16.5, 16.8, 17.2, 17.5, 18.0),
+    ),
+    (1, ["model=wan2.1_t2v_1.3b", "parallelism=none", "gpus=[0]"], (4.5, 4.65, 4.75, 4.95, 5.1, 5.3)),
+)
+CELLS = (
+    (1, ["model=wan2.1_t2v_14b", "video=720p", "parallelism=none", "gpus=[0]", "workload.num_steps=1"]),
+    (
+        2,
+        [
+            "model=wan2.1_t2v_14b",
+            "video=720p",
+            "parallelism=block_distribution",
+            "gpus=[0,1]",
+            "workload.num_steps=1",
+        ],
+    ),
+    (1, ["model=wan2.1_t2v_1.3b", "video=720p", "parallelism=none", "gpus=[0]"]),
+    (
+        2,
+        ["model=wan2.1_t2v_1.3b", "video=720p", "parallelism=block_distribution,data_parallel", "gpus=[0,1]"],
+    ),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--gpus", type=int, default=2, help="GPUs at hand; cells that need more are left out")
+    table = commands.add_parser("table")
+    table.add_argument(
+        "records", type=Path, nargs="+", help="folders that hold records, and last the Markdown file"
+    )
+    options = parser.parse_args()
+    if options.command == "run":
+        run_all(options.gpus)
+        return 0
+    *folders, out = options.records
+    out.write_text(markdown(list(find_records(folders))))
+    print(out.read_text())
+    return 0
+
+
+def run_all(num_gpus: int) -> None:
+    """Every sweep that these GPUs allow. A cell that fails is a result."""
+    for needed, overrides, caps in CAPS:
+        if needed <= num_gpus:
+            memory = ",".join(str(cap) for cap in caps)
+            profile = ["hardware=2x_h200", f"hardware.num_devices={num_gpus}", "hardware.enforce_memory=true"]
+            steps = ["workload.num_warmup_steps=0", "workload.num_steps=1"]
+            sweep(
+                "caps", [*overrides, *profile, f"hardware.device.memory_gib={memory}", "force=true", *steps]
+            )
+    for needed, overrides in CELLS:
+        if needed <= num_gpus:
+            sweep("cells", ["workload.num_steps=2", *overrides])
+
+
+def sweep(name: str, overrides: list[str]) -> None:
+    """One multirun; its records stay under multirun/."""
+    name = f"planner_{name}_{time.strftime('%H%M%S')}"
+    fixed = ["video=480p", "verify=never", "tracking=none", f"sweep_name={name}"]
+    chosen = {
+        override.partition("=")[0]: override for override in (*fixed, *overrides)
+    }  # the last one counts
+    subprocess.run([sys.executable, "-m", "wanexp", "-m", *chosen.values()], cwd=ROOT, check=False)
+
+
+def find_records(folders: list[Path]) -> Iterator[Record]:
+    for folder in folders:
+        for path in sorted(folder.rglob("record.json")):
+            try:
+                yield read_record(path)
+            except UserError as error:
+                print(f"left out: {error}", file=sys.stderr)
+
+
+def markdown(records: list[Record]) -> str:
+    """Both tables, from whatever records there are."""
+    gpus = {device["name"] for record in records for device in record.effective.get("devices", ())}
+    dates = sorted({record.started[:10] for record in records})
+    lines = [
+        "# The planner against the machine",
+        "",
+        f"Measured {', '.join(dates)} on {', '.join(sorted(gpus))}, precision bf16, random weights; rates of the profile as "
+        "`scripts/calibrate.py` measured them. Peak: torch's allocated bytes on the fullest GPU. Error: predicted over "
+        "measured, less one.",
+        "",
+        "| model | video | workload | mode | GPUs | predicted peak GiB | measured | error | predicted step ms | measured "
+        "| error |",
+        "|" + " --- |" * 11,
+    ]
+    for record in records:
+        if (
+            not is_capped(record)
+            and record.outcome == "finished"
+            and "plan/predicted_peak_gib" in record.metrics
+        ):
+            lines.append(prediction_row(record))
+    lines += [
+        "",
+        "## Verdicts under enforced caps",
+        "",
+        "Each GPU may use no more than the cap (with the CUDA context in it); the run is forced to start.",
+        "",
+        "| model | mode | GPUs | predicted need GiB | cap GiB | the plan says | the run ended |",
+        "|" + " --- |" * 7,
+    ]
+    lines += [cap_row(record) for record in records if is_capped(record)]
+    return "\n".join([*lines, ""])
+
+
+def is_capped(record: Record) -> bool:
+    return bool(record.requested["hardware"].get("enforce_memory"))
+
+
+def prediction_row(record: Record) -> str:
+    from wanexp.config import conf_dir, run_config_from_dict
+    from wanexp.hardware.devices import Device
+    from wanexp.hardware.profiles import profile_for
+    from wanexp.planning.memory import predict_memory
+    from wanexp.planning.plan import make_plan
+    from wanexp.planning.time import predict_time
+
+    config = run_config_from_dict(record.requested)
+    config.parallelism.mode = record.effective["mode"]
+    devices = [
+        Device(**{key: tuple(v) if isinstance(v, list) else v for key, v in device.items() if key != "label"})
+        for device in record.effective["devices"]
+    ]
+    plan = make_plan(config, devices)
+    profiles = [profile_for(config.hardware, device, conf_dir()) for device in devices]
+    peak = max(memory.allocated for memory in predict_memory(config, plan)) / 1024**3
+    step_ms = predict_time(config, plan, profiles).step_s * 1000
+    measured_peak, measured_ms = (
+        record.metrics["memory/peak_allocated_gib"],
+        record.metrics["latency/step_ms"],
+    )
+    cells = [
+        config.model.name,
+        config.video.name,
+        config.workload.name,
+        plan.mode,
+        str(len(devices)),
+        f"{peak:.2f}",
+        f"{measured_peak:.2f}",
+        f"{100 * (peak / measured_peak - 1):+.1f} %",
+        f"{step_ms:,.0f}",
+        f"{measured_ms:,.0f}",
+        f"{100 * (step_ms / measured_ms - 1):+.1f} %",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def cap_row(record: Record) -> str:
+    prediction = record.plan.get("prediction", {})
+    need = max((device["needed_gib"] for device in prediction.get("devices", ())), default=float("nan"))
+    cells = [
+        record.requested["model"]["name"],
+        record.effective.get("mode", record.requested["parallelism"]["mode"]),
+        str(record.effective.get("num_gpus", "")),
+        f"{need:.2f}",
+        f"{record.requested['hardware']['device']['memory_gib']:g}",
+        "fits" if prediction.get("feasible") else "cannot fit",
+        record.outcome,
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
