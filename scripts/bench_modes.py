@@ -128,7 +128,7 @@ def markdown(model: str, video: str, records: list[Record], rows: list[dict[str,
     """The table, and above it what it was measured on and how."""
     first = records[0]
     torch, gpu = first.environment.get("torch", {}), first.effective["devices"][0]["name"]
-    headers = list(max(rows, key=len))
+    headers = max((list(row) for row in rows), key=len)
     lines = [
         f"# The guide's modes: {model}, {video}",
         "",

@@ -19,8 +19,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works without an installation, too
 
-from wanexp.errors import UserError
-from wanexp.record import Record, read_record
+from wanexp.config import conf_dir, run_config_from_dict  # noqa: E402
+from wanexp.errors import UserError  # noqa: E402
+from wanexp.hardware.devices import device_from_dict  # noqa: E402
+from wanexp.hardware.profiles import profile_for  # noqa: E402
+from wanexp.planning.memory import predict_memory  # noqa: E402
+from wanexp.planning.plan import make_plan  # noqa: E402
+from wanexp.planning.time import predict_time  # noqa: E402
+from wanexp.record import Record, read_record  # noqa: E402
 
 # Overrides of each sweep: GPUs that it needs, what it runs
 CAPS = (
@@ -113,12 +119,12 @@ def markdown(records: list[Record]) -> str:
     lines = [
         "# The planner against the machine",
         "",
-        f"Measured {', '.join(dates)} on {', '.join(sorted(gpus))}, precision bf16, random weights; rates of the profile as "
-        "`scripts/calibrate.py` measured them. Peak: torch's allocated bytes on the fullest GPU. Error: predicted over "
-        "measured, less one.",
+        f"Measured {', '.join(dates)} on {', '.join(sorted(gpus))}, precision bf16, random weights; rates of the "
+        "profile as `scripts/calibrate.py` measured them. Peak: torch's allocated bytes on the fullest GPU. Error: "
+        "predicted over measured, less one.",
         "",
-        "| model | video | workload | mode | GPUs | predicted peak GiB | measured | error | predicted step ms | measured "
-        "| error |",
+        "| model | video | workload | mode | GPUs | predicted peak GiB | measured | error | predicted step ms "
+        "| measured | error |",
         "|" + " --- |" * 11,
     ]
     for record in records:
@@ -146,19 +152,9 @@ def is_capped(record: Record) -> bool:
 
 
 def prediction_row(record: Record) -> str:
-    from wanexp.config import conf_dir, run_config_from_dict
-    from wanexp.hardware.devices import Device
-    from wanexp.hardware.profiles import profile_for
-    from wanexp.planning.memory import predict_memory
-    from wanexp.planning.plan import make_plan
-    from wanexp.planning.time import predict_time
-
     config = run_config_from_dict(record.requested)
     config.parallelism.mode = record.effective["mode"]
-    devices = [
-        Device(**{key: tuple(v) if isinstance(v, list) else v for key, v in device.items() if key != "label"})
-        for device in record.effective["devices"]
-    ]
+    devices = [device_from_dict(device) for device in record.effective["devices"]]
     plan = make_plan(config, devices)
     profiles = [profile_for(config.hardware, device, conf_dir()) for device in devices]
     peak = max(memory.allocated for memory in predict_memory(config, plan)) / 1024**3

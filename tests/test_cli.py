@@ -233,7 +233,7 @@ def test_help_has_examples_and_the_groups(cli):
         "+sweep=modes",
         "parallelism: auto, block_distribution, data_parallel, distributed, none",
         "model: tiny, wan2.1_flf2v_14b",
-        "experiment: mlperf_t2v_a14b",
+        "experiment: four_rtx3080_14b, mlperf_t2v_a14b",
         "Exit code",
     ):
         assert text in out
@@ -317,3 +317,17 @@ def test_the_module_runs_as_a_program(tmp_path):
     )
     assert result.returncode == 2
     assert result.stderr.startswith("error: gpu does not exist") and result.stderr.count("\n") == 1
+
+
+def test_options_may_follow_overrides():
+    from wanexp.__main__ import options_first
+
+    assert options_first(["a=1", "-m", "b=1,2"]) == ["-m", "a=1", "b=1,2"]
+    assert options_first(["a=1", "--config-dir", "mine", "--cfg", "job"]) == [
+        "--config-dir",
+        "mine",
+        "--cfg",
+        "job",
+        "a=1",
+    ]
+    assert options_first(["a=1", "--config-dir"]) == ["--config-dir", "a=1"]

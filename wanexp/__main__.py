@@ -6,9 +6,10 @@ needs is imported here, so that --help and --cfg answer at once.
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,9 +23,24 @@ from wanexp.errors import UserError
 from wanexp.record import Record
 from wanexp.sweep import SweepCell, SweepLauncher, outer_rank, register_launcher, sweep_exit_code
 
+OPTIONS_WITH_VALUE = {
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+}
+
 
 def main() -> int:
     """Run the command line in `sys.argv` and return the exit code."""
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # ends like Ctrl-C: with a record
+    sys.argv[1:] = options_first(sys.argv[1:])
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     SweepLauncher.current = None
     try:
@@ -41,6 +57,20 @@ def main() -> int:
         is_user_error = isinstance(failure, UserError) and not wants_traceback
         return _user_error(failure, str(failure) if is_user_error else None)
     return code
+
+
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """The same command line with its options before its overrides, the only order that Hydra's parser takes."""
+    options, overrides = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        options.append(argument)
+        if argument in OPTIONS_WITH_VALUE:
+            options += [value for value in [next(rest, None)] if value is not None]
+    return options + overrides
 
 
 def _user_error(error: Exception, message: str | None) -> int:

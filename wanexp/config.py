@@ -81,7 +81,9 @@ class HardwareConfig:
     device_type: str = "auto"  # auto (cuda where there is one), cuda, cpu
     num_devices: int | None = None  # None: as many as are found; on CPU the number of logical devices
     device: DeviceProfile | None = None  # None: looked up by the found device's name
-    enforce_memory: bool = False  # let each GPU use no more than device.memory_gib, to try a smaller card on this one
+    enforce_memory: bool = (
+        False  # let each GPU use no more than device.memory_gib, to try a smaller card on this one
+    )
 
 
 @dataclass

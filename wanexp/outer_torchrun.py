@@ -5,10 +5,10 @@ folder and record. It hands the job to the others, and they hand it their report
 store where the ranks meet.
 """
 
+import dataclasses
 import gc
 import json
 import os
-import pickle
 import re
 import signal
 import time
@@ -25,10 +25,12 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 import wanexp.preload  # noqa: F401  # else paid for in the load time
-from wanexp.config import LimitsConfig
+from wanexp.config import LimitsConfig, run_config_from_dict, to_dict
 from wanexp.events import Event, EventLog, EventTail
+from wanexp.hardware.devices import device_from_dict
 from wanexp.job import Job
 from wanexp.launch import Heard, Launched, verdict
+from wanexp.planning.plan import make_plan
 from wanexp.worker import describe_error, run_rank
 
 OUTER_VARIABLES = re.compile(
@@ -50,7 +52,7 @@ def lead(job: Job, *, on_event: Callable[[Event], None] = lambda _event: None) -
     num_ranks, limit_s = job.plan.layout.num_ranks, job.config.limits.stall_s
     job.folder.mkdir(parents=True, exist_ok=True)
     store = _meet(limit_s)
-    store.set(JOB_KEY, pickle.dumps(job))  # type: ignore[arg-type]  # takes bytes too
+    store.set(JOB_KEY, write_job(job))
     heard = Heard()
     with _Signals() as signals:
         _compute(job, 0, store, heard, signals, on_event)
@@ -69,13 +71,39 @@ def follow(limits: LimitsConfig) -> Launched:
     """Any other rank: compute what rank 0 hands out. What comes of it is heard by rank 0; here it is its own part."""
     rank = int(os.environ["RANK"])
     store = _meet(limits.stall_s)
-    job: Job = pickle.loads(store.get(JOB_KEY))  # of our own rank 0
+    job = read_job(store.get(JOB_KEY))
     heard = Heard()
     with _Signals() as signals:
         _compute(job, rank, store, heard, signals, lambda _event: None)
     if heard.reports:
         return Launched("finished")
     return Launched("interrupted" if signals.stopped_by else "failed")
+
+
+def write_job(job: Job) -> str:
+    """`job` as JSON: its config and devices, of which the plan follows."""
+    return json.dumps(
+        {
+            "config": to_dict(job.config),
+            "devices": [dataclasses.asdict(device) for device in job.plan.devices],
+            "folder": str(job.folder),
+            "run_folder": str(job.run_folder),
+            "num_threads": job.num_threads,
+        }
+    )
+
+
+def read_job(text: bytes) -> Job:
+    """The inverse of `write_job`."""
+    values = json.loads(text)
+    config = run_config_from_dict(values["config"])
+    return Job(
+        config=config,
+        plan=make_plan(config, [device_from_dict(device) for device in values["devices"]]),
+        folder=Path(values["folder"]),
+        run_folder=Path(values["run_folder"]),
+        num_threads=values["num_threads"],
+    )
 
 
 def _meet(timeout_s: float) -> dist.Store:

@@ -63,7 +63,9 @@ class RankRun:
         self.events = events
         self.stopwatch = Stopwatch(devices)
         self.training = self.config.workload.name == "train"
-        self.verify = self.config.verify != "never" and (self.plan.mode != "none" or self.config.verify == "always")
+        self.verify = self.config.verify != "never" and (
+            self.plan.mode != "none" or self.config.verify == "always"
+        )
         self.report: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
@@ -90,7 +92,9 @@ class RankRun:
             device_type=self.plan.device_type,
             dtype=compute_dtype,
             head_dim=config.model.architecture.head_dim,
-            compute_capability=min((d.compute_capability for d in self.owned if d.compute_capability), default=None),
+            compute_capability=min(
+                (d.compute_capability for d in self.owned if d.compute_capability), default=None
+            ),
         )
         anonymous_before, begin = anonymous_rss_bytes(), time.perf_counter()
         sources = open_weights(
@@ -145,9 +149,7 @@ class RankRun:
 
         return on_tensor
 
-    def make_workload(
-        self, models: Sequence[ParallelModel], samples: Samples
-    ) -> Workload:
+    def make_workload(self, models: Sequence[ParallelModel], samples: Samples) -> Workload:
         modules = [model.module for model in models]
         if not self.training:
             return Denoise(self.config, modules, samples, self.stopwatch.forward)
@@ -268,7 +270,9 @@ class RankRun:
     def blocks_to_verify(self) -> int:
         """The same number on all ranks, as they all know the slowest rank's times."""
         architecture = self.config.model.architecture
-        times = torch.tensor([self.report["load"]["seconds"], max(self.report["forward_s"])], dtype=torch.float64)
+        times = torch.tensor(
+            [self.report["load"]["seconds"], max(self.report["forward_s"])], dtype=torch.float64
+        )
         if dist.is_initialized():
             dist.all_reduce(times, op=dist.ReduceOp.MAX)
         load_s, forward_s = times.tolist()

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.conftest import TWO_EXPERTS, Composer, cpu_devices
-from wanexp.errors import LayoutError
+from wanexp.errors import LayoutError, UserError
 from wanexp.planning.plan import RankPlan, make_plan, reference_plan
 
 
@@ -91,3 +91,9 @@ def test_the_reference_is_mode_none_on_the_first_device(run_config: Composer, mo
 def test_what_must_be_bit_equal(run_config: Composer):
     plan = make_plan(run_config("parallelism=data_parallel"), cpu_devices(2))
     assert plan.must_be_bit_equal("denoise") and not plan.must_be_bit_equal("train")
+
+
+def test_training_two_experts_is_refused(run_config: Composer):
+    config = run_config("workload=train", "model=wan2.2_t2v_a14b")
+    with pytest.raises(UserError, match="trains one transformer, wan2.2_t2v_a14b has 2 experts"):
+        make_plan(config, cpu_devices(1))

@@ -12,8 +12,8 @@ import platform
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,15 @@ class Device:
     @property
     def label(self) -> str:
         return f"gpu{self.index}" if self.type == "cuda" else f"cpu{self.index}"
+
+
+def device_from_dict(values: Mapping[str, Any]) -> Device:
+    """The device that `dataclasses.asdict` made `values` of, through JSON or not; other keys are ignored."""
+    known: dict[str, Any] = {
+        field.name: values[field.name] for field in fields(Device) if field.name in values
+    }
+    known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+    return Device(**known)
 
 
 def find_devices(hardware: HardwareConfig, *, nvml: Any = None) -> tuple[Device, ...]:

@@ -66,6 +66,11 @@ def make_plan(config: RunConfig, devices: Sequence[Device]) -> Plan:
             f"workload.batch_size {batch_size} is smaller than the {layout.dp} replicas; "
             f"write workload.batch_size={layout.dp} or more, or fewer GPUs"
         )
+    if config.workload.name == "train" and config.model.num_experts > 1:
+        raise UserError(
+            f"workload=train trains one transformer, {config.model.name} has {config.model.num_experts} experts; "
+            "write a model with one, such as model=wan2.1_t2v_14b"
+        )
     if config.workload.name == "train" and config.parallelism.mode == "data_parallel":
         raise LayoutError(
             "workload=train needs synchronised gradients, data_parallel has none; write parallelism=distributed"

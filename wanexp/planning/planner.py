@@ -122,8 +122,8 @@ def plan_layouts(config: RunConfig, devices: Sequence[Device], profiles: Profile
         known = [by_index[device.index] for device in chosen]
         candidates.append(judge(config, parallelism, chosen, known))
         if split := fitted_split(candidates[-1]):
-            fitted = dataclasses.replace(parallelism, block_split=split)
-            candidates.append(judge(config, fitted, chosen, known))
+            fitted = judge(config, dataclasses.replace(parallelism, block_split=split), chosen, known)
+            candidates += [] if fitted.rejection else [fitted]
     feasible = [candidate for candidate in candidates if not candidate.rejection]
     rejected = [candidate for candidate in candidates if candidate.rejection]
     feasible.sort(key=RANKINGS[config.objective])

@@ -2,8 +2,8 @@
 
     forward = GEMM FLOPs / gemm + attention FLOPs / attention + bytes of elementwise kernels / elementwise + seams
     step    = forwards * forward, of the slowest rank
-    training step = (1 + 2 backward + 1 recompute) * forward + 1/2 attention + optimiser bytes + what of DDP's all-reduce
-                    is not hidden
+    training step = (1 + 2 backward + 1 recompute) * forward + 1/2 attention + optimiser bytes
+                    + what of DDP's all-reduce is not hidden
 
 Rates come from the profile: measured ones (`scripts/calibrate.py`) or, where it has none, the datasheet's times a
 fraction (FRACTIONS). FLOPs as of `WanArchitecture.forward_flops`; bytes are counted kernel by kernel below.
@@ -18,14 +18,14 @@ from wanexp.planning.activations import Sizes
 from wanexp.planning.memory import sizes_of
 from wanexp.planning.plan import Plan, RankPlan, forwards_per_step
 
-# Achieved share of the datasheet's peak, from H200 (measured on 2026-11-22, eager, bf16): GEMM at Wan
-# shapes 789 of 989 TFLOP/s, cuDNN attention 576 of 989, P2P 394 of 450 GB/s, and elementwise kernels (mixed dtypes,
-# strided RoPE) what is left of an eager 14B forward at 480p (3241 ms): 2285 of 4800 GB/s.
+# Achieved share of the datasheet's peak, as scripts/calibrate.py found it on H200 on 2026-11-22 (eager, bf16): GEMM 692
+# of 989 TFLOP/s, cuDNN attention 567 of 989, elementwise kernels (mixed dtypes, strided RoPE) 2538 of 4800 GB/s, P2P
+# 383 of 450 GB/s. Taken for devices that nobody has calibrated.
 FRACTIONS = {
-    "gemm": 0.80,
-    "attention": 0.58,
-    "elementwise": 0.476,
-    "p2p": 0.87,
+    "gemm": 0.70,
+    "attention": 0.57,
+    "elementwise": 0.53,
+    "p2p": 0.85,
     "staged": 0.4,
     "fp32_attention": 0.5,
 }

@@ -83,7 +83,7 @@ def choose_attention(
 
     A name is returned as it is. `auto` is resolved to the fastest exact kernel (measured on H200: cuDNN beats
     flash by 1.6 to 1.9x in self-attention): on CUDA in bf16 and fp16 `sdpa_cudnn` from sm 9.0 on and
-    `sdpa_flash` before, in fp32 `sdpa_efficient`; on the CPU `sdpa_flash`; else `sdpa_math`.
+    `sdpa_flash` from sm 8.0 on, else and in fp32 `sdpa_efficient`; on the CPU `sdpa_flash`; else `sdpa_math`.
 
     Raises UserError for an unknown name.
     """
@@ -95,7 +95,8 @@ def choose_attention(
             hopper = compute_capability is not None and compute_capability >= (9, 0)
             if hopper and head_dim <= 128 and head_dim % 8 == 0:  # the limits of cuDNN's fused attention
                 return "sdpa_cudnn"
-            return "sdpa_flash" if head_dim <= 256 else "sdpa_efficient"
+            ampere = compute_capability is None or compute_capability >= (8, 0)
+            return "sdpa_flash" if ampere and head_dim <= 256 else "sdpa_efficient"
         return "sdpa_efficient" if dtype == torch.float32 else "sdpa_math"
     if device_type == "cpu" and dtype in (*HALF_DTYPES, torch.float32, torch.float64):
         return "sdpa_flash"
