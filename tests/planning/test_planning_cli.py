@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -59,14 +58,11 @@ def test_a_plan_is_no_cell_of_a_sweep(tmp_path):
     assert "task=plan prints one plan and runs nothing; write it without -m" in done.stdout
 
 
-def test_planning_is_quick(capsys):
-    config = composed(
-        "task=plan", "model=wan2.2_t2v_a14b", "hardware=8x_h100", "video=720p", "workload=train"
-    )
-    begin = time.perf_counter()
+def test_training_on_many_gpus_is_planned(capsys):
+    config = composed("task=plan", "model=wan2.1_t2v_14b", "hardware=8x_h100", "video=720p", "workload=train")
     task.print_plan(config)
-    assert time.perf_counter() - begin < 2
-    assert "needs GiB" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "needs GiB" in out and "distributed x 8" in out
 
 
 def test_auto_runs_what_the_planner_chose_and_records_both(tmp_path):
