@@ -95,5 +95,5 @@ def test_what_must_be_bit_equal(run_config: Composer):
 
 def test_training_two_experts_is_refused(run_config: Composer):
     config = run_config("workload=train", "model=wan2.2_t2v_a14b")
-    with pytest.raises(UserError, match="trains one transformer, wan2.2_t2v_a14b has 2 experts"):
+    with pytest.raises(UserError, match="trains one transformer"):
         make_plan(config, cpu_devices(1))
