@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works without an installation, too
 
-from wanexp.record import Record, read_record  # noqa: E402
+from wanexp.record import Record, read_record
 
 MODES = ("data_parallel", "distributed", "block_distribution")
 

@@ -19,14 +19,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works without an installation, too
 
-from wanexp.config import conf_dir, run_config_from_dict  # noqa: E402
-from wanexp.errors import UserError  # noqa: E402
-from wanexp.hardware.devices import device_from_dict  # noqa: E402
-from wanexp.hardware.profiles import profile_for  # noqa: E402
-from wanexp.planning.memory import predict_memory  # noqa: E402
-from wanexp.planning.plan import make_plan  # noqa: E402
-from wanexp.planning.time import predict_time  # noqa: E402
-from wanexp.record import Record, read_record  # noqa: E402
+from wanexp.config import conf_dir, run_config_from_dict
+from wanexp.errors import UserError
+from wanexp.hardware.devices import device_from_dict
+from wanexp.hardware.profiles import profile_for
+from wanexp.planning.memory import predict_memory
+from wanexp.planning.plan import make_plan
+from wanexp.planning.time import predict_time
+from wanexp.record import Record, read_record
 
 # Overrides of each sweep: GPUs that it needs, what it runs
 CAPS = (

@@ -17,9 +17,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 
-from wanexp.errors import UserError  # noqa: E402
-from wanexp.wan.architecture import WanArchitecture  # noqa: E402
-from wanexp.wan.write_checkpoint import DTYPES, LAYOUTS, write_model  # noqa: E402
+from wanexp.errors import UserError
+from wanexp.wan.architecture import WanArchitecture
+from wanexp.wan.write_checkpoint import DTYPES, LAYOUTS, write_model
 
 MODELS = ROOT / "conf" / "model"
 

@@ -290,3 +290,16 @@ def test_a_device_that_is_not_there(execute, tmp_path, gpus, words):
 def test_gpus_null_takes_two_logical_devices(execute):
     record = execute("parallelism=block_distribution", "verify=never")
     assert [device["label"] for device in record.effective["devices"]] == ["cpu0", "cpu1"]
+
+
+def test_a_mistake_of_our_own_leaves_its_record_too(run_config: Composer, tmp_path, monkeypatch, capsys):
+    def broken(*_arguments: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("wanexp.runner.execute", broken)
+    record = run(run_config(), folder=tmp_path)
+    assert record.exit_code() == 1
+    kept = read_record(tmp_path)
+    assert (kept.outcome, kept.message) == ("failed", "RuntimeError: a bug")
+    assert "in broken" in kept.error["traceback"]
+    assert "wanexp itself failed (RuntimeError)" in capsys.readouterr().out

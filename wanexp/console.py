@@ -22,7 +22,7 @@ from wanexp.planning.plan import Plan
 from wanexp.planning.planner import BUYS, Candidate, Planned
 from wanexp.progress import ProgressReporter, show_progress
 from wanexp.record import Record
-from wanexp.workloads.sizes import num_tokens
+from wanexp.workloads.sizes import forwards_per_step, guidance_of, num_tokens
 
 GIB = 1024**3
 TRACEBACK_LINES = 15
@@ -185,7 +185,8 @@ class Console:
 
     def _failure(self, error: Mapping[str, Any]) -> None:
         kind = f" ({error['type']})" if error.get("type") else ""
-        self._rich.print(Text(f"Rank {error.get('rank', '?')} failed first{kind}:", style="red"))
+        who = "wanexp itself failed" if error.get("rank") is None else f"Rank {error['rank']} failed first"
+        self._rich.print(Text(f"{who}{kind}:", style="red"))
         lines = str(error.get("traceback") or "").rstrip().splitlines()
         if len(lines) > TRACEBACK_LINES:
             self._line("  ... (all of it is in the record)")
@@ -386,8 +387,8 @@ def _parity(metrics: Mapping[str, float]) -> str | None:
 
 
 def _guidance(config: RunConfig) -> str:
-    scales = config.workload.guidance_scale or config.model.guidance_scale
-    if not any(scale > 1 for scale in scales):
+    scales = guidance_of(config)
+    if forwards_per_step(config) == 1:
         return "no CFG (1 forward a step)"
     return f"CFG {' / '.join(f'{scale:g}' for scale in scales)} (2 forwards a step)"
 

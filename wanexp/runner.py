@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from wanexp.config import RunConfig, conf_dir, to_dict
 from wanexp.console import Console, ProgressReporter
 from wanexp.errors import LayoutError, UserError
 from wanexp.events import Event
-from wanexp.hardware.devices import Device, find_devices, select_devices
+from wanexp.hardware.devices import find_devices, select_devices
 from wanexp.hardware.profiles import profile_for
 from wanexp.hardware.telemetry import TelemetrySampler
 from wanexp.job import Job
@@ -77,7 +78,10 @@ def run(
             record.write(folder)
             raise
     except KeyboardInterrupt:
-        record.outcome, record.message = "interrupted", "interrupted by SIGINT"
+        record.outcome, record.message = "interrupted", "interrupted by a signal"
+    except Exception as error:  # our own mistake; what was measured before it stays
+        record.outcome, record.message = "failed", f"{type(error).__name__}: {error}"
+        record.error = {"rank": None, "type": type(error).__name__, "traceback": traceback.format_exc()}
     record.ended = _now()
     path = record.write(folder)
     console.end_table(record, path)
@@ -101,7 +105,6 @@ class Prepared:
 
     plan: Plan
     preflight: Preflight
-    found: tuple[Device, ...]
     peak_tflops: float | None  # dense peak of one device in the run's precision
     notes: list[str]
 
@@ -130,7 +133,7 @@ def prepare(config: RunConfig) -> Prepared:
 
         open_weights(config.checkpoint, config.model.architecture, num_experts=config.model.num_experts)
     half = config.precision.dtype in ("bfloat16", "float16")
-    return Prepared(plan, checked, found, profile.bf16_tflops if profile and half else None, notes)
+    return Prepared(plan, checked, profile.bf16_tflops if profile and half else None, notes)
 
 
 def check_world_size(plan: Plan) -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import PER_TOKEN, TWO_EXPERTS, Composer
-from wanexp.workloads.denoise import Denoise, expert_for, guidance_of, sigma_schedule
+from wanexp.workloads.denoise import Denoise, expert_for, sigma_schedule
 from wanexp.workloads.samples import Samples, draw_samples
+from wanexp.workloads.sizes import guidance_of
 
 
 class KnownExpert(nn.Module):

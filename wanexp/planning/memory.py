@@ -13,8 +13,8 @@ from wanexp.hardware.devices import Device
 from wanexp.planning import activations
 from wanexp.planning.activations import Sizes
 from wanexp.planning.heap import MIB, Heap, reserved_bytes
-from wanexp.planning.plan import DTYPE_BYTES, Plan, RankPlan, forwards_per_step
-from wanexp.workloads.sizes import latent_shape
+from wanexp.planning.plan import DTYPE_BYTES, Plan, RankPlan
+from wanexp.workloads.sizes import forwards_per_step, latent_shape
 
 GIB = 1024**3
 

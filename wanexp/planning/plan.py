@@ -124,12 +124,6 @@ def _weight_bytes(
     return tuple(weights)
 
 
-def forwards_per_step(config: RunConfig) -> int:
-    """Two under classifier-free guidance (a scale above 1), else one; training has one."""
-    scales = config.workload.guidance_scale or config.model.guidance_scale
-    return 2 if config.workload.name == "denoise" and max(scales) > 1 else 1
-
-
 def reference_plan(plan: Plan, num_blocks: int) -> Plan:
     """Mode none on the first device of `plan`, for the whole batch and the first `num_blocks` blocks."""
     return Plan(

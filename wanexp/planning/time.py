@@ -16,7 +16,8 @@ from wanexp.config import DeviceProfile, RunConfig
 from wanexp.hardware.devices import Device
 from wanexp.planning.activations import Sizes
 from wanexp.planning.memory import sizes_of
-from wanexp.planning.plan import Plan, RankPlan, forwards_per_step
+from wanexp.planning.plan import Plan, RankPlan
+from wanexp.workloads.sizes import forwards_per_step
 
 # Achieved share of the datasheet's peak, as scripts/calibrate.py found it on H200 on 2026-11-22 (eager, bf16): GEMM 692
 # of 989 TFLOP/s, cuDNN attention 567 of 989, elementwise kernels (mixed dtypes, strided RoPE) 2538 of 4800 GB/s, P2P

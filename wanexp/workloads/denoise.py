@@ -14,17 +14,13 @@ from torch import Tensor, nn
 from wanexp.config import RunConfig
 from wanexp.measure.parity import NUM_PARITY_FORWARDS
 from wanexp.workloads.samples import Samples, timesteps_of
+from wanexp.workloads.sizes import forwards_per_step, guidance_of
 
 
 def sigma_schedule(num_steps: int, shift: float) -> list[float]:
     """`num_steps` + 1 noise levels from 1 to 0."""
     sigmas = [1 - index / num_steps for index in range(num_steps + 1)]
     return [shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas]
-
-
-def guidance_of(config: RunConfig) -> list[float]:
-    """The guidance scale of each expert: the workload's, else the model's."""
-    return config.workload.guidance_scale or config.model.guidance_scale
 
 
 def expert_for(config: RunConfig, timestep: float) -> int:
@@ -55,7 +51,7 @@ class Denoise:
         self.time_forward = time_forward
         self.sigmas = sigma_schedule(config.workload.num_steps, config.model.shift)
         self.guidance = guidance_of(config)
-        self.forwards_per_step = 2 if max(self.guidance) > 1 else 1
+        self.forwards_per_step = forwards_per_step(config)
         self.context = [embed_text(expert, samples.text, samples) for expert in experts]
         self.negative_context = (
             [embed_text(expert, samples.negative_text, samples) for expert in experts]
