@@ -21,7 +21,17 @@ from omegaconf.errors import OmegaConfBaseException
 from wanexp.errors import UserError
 from wanexp.wan.architecture import PATCH_SIZE, WanArchitecture
 
-MODES = ("none", "data_parallel", "distributed", "block_distribution")
+MODES = (
+    "none",
+    "data_parallel",
+    "distributed",
+    "block_distribution",
+    "cfg_parallel",
+    "context_parallel",
+    "tensor_parallel",
+    "fsdp",
+    "hybrid",
+)
 PLACEMENTS = ("contiguous", "memory", "interleaved")
 WORKLOADS = ("denoise", "train")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -32,6 +42,7 @@ AUTO_MODE = "auto"  # the planner's choice; no layout has it
 ATTENTIONS = ("auto", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math")
 DEVICE_TYPES = ("auto", "cuda", "cpu")
 LINKS = ("nvlink", "pcie")
+SWEEP_ORDERS = ("cheap", "given")
 
 
 @dataclass
@@ -88,15 +99,22 @@ class HardwareConfig:
 
 @dataclass
 class ParallelismConfig:
-    """A mode: a named preset of the layout. A degree of -1 takes all GPUs of the run."""
+    """A mode: a named preset of the layout. A degree of -1 takes all GPUs that the others leave."""
 
     mode: str = MISSING
     dp: int = 1  # replicas
+    cfg: int = 1  # 2: the forwards with and without the prompt at the same time
+    ring: int = 1  # shares of the video tokens, keys and values passed around
+    ulysses: int = 1  # shares of the video tokens, heads exchanged for the attention
+    tp: int = 1  # shares of the heads and of the FFN
+    shard: int = 1  # ranks over which the weights are sharded (FSDP); -1: all of them
     blocks: int = 1  # devices in one rank, over which the transformer blocks are spread
     block_placement: str = (
         "contiguous"  # contiguous, memory (shares by free memory), interleaved (round-robin)
     )
     block_split: list[int] | None = None  # explicit number of blocks for each GPU in turn
+    block_chunks: int | None = None  # interleaved: runs of blocks dealt round-robin; None: single blocks
+    pipeline: bool = True  # inference: GPUs of one rank work at the same time on the forwards of a step
 
 
 @dataclass
@@ -175,6 +193,9 @@ class RunConfig:
     verify: str = "auto"  # auto, always, never: compare the answer with mode none
     profile: bool = False  # a torch profiler trace in a pass of its own
     sweep_name: str | None = None  # a sweep's folder under multirun/; None: its date and time
+    resume: bool = False  # of a named sweep: run only what its folder lacks
+    repeats: int = 1  # of a sweep: runs of each cell, interleaved (A B C A B C ...)
+    sweep_order: str = "cheap"  # cheap (first the cells of little predicted time on few GPUs), given
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -264,6 +285,7 @@ def _check(config: RunConfig) -> None:
         ("hardware.device_type", hardware.device_type, DEVICE_TYPES),
         ("attention", config.attention, ATTENTIONS),
         ("verify", config.verify, VERIFY),
+        ("sweep_order", config.sweep_order, SWEEP_ORDERS),
     ):
         if found not in valid:
             raise UserError(unknown_choice_message(key, found, valid))
@@ -281,6 +303,7 @@ def _check(config: RunConfig) -> None:
         ("video.height", video.height, 1),
         ("video.fps", video.fps, 1),
         ("seed", config.seed, 0),
+        ("repeats", config.repeats, 1),
     ]
     for key, number, least in at_least:
         if number is not None and number < least:

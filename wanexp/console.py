@@ -18,13 +18,15 @@ from rich.text import Text
 
 from wanexp.config import RunConfig
 from wanexp.hardware.devices import Device
+from wanexp.planning.layouts import BUYS
 from wanexp.planning.plan import Plan
-from wanexp.planning.planner import BUYS, Candidate, Planned
+from wanexp.planning.planner import Candidate, Planned
 from wanexp.progress import ProgressReporter, show_progress
 from wanexp.record import Record
 from wanexp.workloads.sizes import forwards_per_step, guidance_of, num_tokens
 
 GIB = 1024**3
+SHOWN_HYBRIDS = 6
 TRACEBACK_LINES = 15
 LABEL_WIDTH = 12  # of the left column of the card and the end table
 # Any other outcome is red.
@@ -162,11 +164,16 @@ class Console:
         table.add_column("layout", overflow="fold", min_width=18)
         for name in ("buys", "needs GiB", "step ms", "speed-up", "verdict"):
             table.add_column(name, justify="left" if name in ("buys", "verdict") else "right")
-        for candidate in planned.candidates:
+        hybrids = [candidate for candidate in planned.candidates if candidate.parallelism.mode == "hybrid"]
+        left_out = hybrids[SHOWN_HYBRIDS:]
+        shown = [candidate for candidate in planned.candidates if candidate not in left_out]
+        for candidate in shown:
             table.add_row(*_plan_row(planned, candidate))
         self._rich.print(table)
         self._rich.print()
-        for candidate in planned.candidates:
+        if left_out:
+            self._rich.print(f"{len(left_out)} more hybrids rank behind these; plan_json=true has them.")
+        for candidate in shown:
             if candidate.rejection:
                 self._rich.print(f"{candidate.name}: {candidate.rejection}")
         self._rich.print(

@@ -16,6 +16,7 @@ class Job:
     reference_of: None for the run itself; for its reference (mode none) the sizes of the shares that the run computed
     its batch in, which the reference repeats so that the kernels see the same shapes.
     num_blocks: how many of the first blocks the reference compares; None for all.
+    nodes: the ranks of each machine; None for one machine.
     """
 
     config: RunConfig
@@ -25,3 +26,4 @@ class Job:
     num_threads: int
     reference_of: tuple[int, ...] | None = None
     num_blocks: int | None = None
+    nodes: tuple[tuple[int, ...], ...] | None = None

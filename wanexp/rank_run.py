@@ -1,17 +1,18 @@
 """The run of one rank, phase by phase:
 
-load weights -> warm-up -> measure -> leave the answer for the parity check -> profile -> report
+check links -> load weights -> warm-up -> measure -> leave the answer for the parity check -> profile -> report
 """
 
 import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from wanexp.events import EventLog
 from wanexp.hardware.devices import Device
@@ -26,22 +27,26 @@ from wanexp.measure.memory import (
     reset_peaks,
 )
 from wanexp.measure.parity import (
-    NUM_PARITY_FORWARDS,
     blocks_to_verify,
     compare_answers,
     read_answer,
     write_answer,
 )
 from wanexp.measure.timing import Stopwatch
+from wanexp.parallel.agreement import check_agreement, fingerprint
 from wanexp.parallel.block_distribution import position_of
 from wanexp.parallel.data_parallel import gather_batch, scatter_batch
-from wanexp.parallel.parallelize import ParallelModel, parallelize_wan
+from wanexp.parallel.groups import Groups, check_copies, check_links, open_layout_groups
+from wanexp.parallel.loading import Loader
+from wanexp.parallel.parallelize import ParallelModel, divide_weights, parallelize_wan
+from wanexp.parallel.shares import part_of_rank
 from wanexp.planning.plan import DTYPE_BYTES
 from wanexp.wan.attention import choose_attention
 from wanexp.wan.transformer import WanTransformer, first_blocks
-from wanexp.wan.weights import load_weights, open_weights
+from wanexp.wan.weights import LoadReport, WeightSource, load_weights, local_tensor, open_weights
 from wanexp.workloads.denoise import Denoise
 from wanexp.workloads.samples import Samples, draw_samples, sample_shapes
+from wanexp.workloads.sizes import num_parity_forwards
 from wanexp.workloads.train import Train
 
 Workload = Denoise | Train
@@ -69,7 +74,8 @@ class RankRun:
         self.report: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
-        models = self.load()
+        groups = self.check_links()
+        models = self.load(groups)
         if self.job.reference_of is not None:
             return self.compare(models)
         workload = self.make_workload(models, self.local_samples())
@@ -83,7 +89,17 @@ class RankRun:
             self.profile(workload)
         return self.report | {"environment": torch_environment()}
 
-    def load(self) -> list[ParallelModel]:
+    def check_links(self) -> Groups:
+        """The groups of the layout, once all that the ranks rely on has been seen to work."""
+        self.events.progress("check links", 0, 1)
+        groups, links = Groups(), check_copies(self.devices)
+        if self.plan.layout.num_ranks > 1:
+            groups = open_layout_groups(self.plan.layout, self.devices[0].type)
+            links += check_links(groups, self.rank, self.devices[0])
+        self.report["links"] = links
+        return groups
+
+    def load(self, groups: Groups) -> list[ParallelModel]:
         """The experts, each weight on the device that owns it, the layout applied."""
         config = self.config
         compute_dtype = getattr(torch, config.precision.dtype)
@@ -103,29 +119,51 @@ class RankRun:
             num_experts=config.model.num_experts,
             seed=config.seed,
         )
-        models, num_bytes = [], 0
+        if dist.is_initialized():
+            check_agreement(fingerprint(config, sources))
+        models, reports = [], []
         for source in sources:
             model = self.empty_model(torch.float32 if self.training else compute_dtype)
-            report = load_weights(
-                model,
-                source,
-                device_of=lambda name: self.devices[self.position_of(name)],
-                requires_grad=self.training,
-                on_tensor=self.load_progress(model),
-            )
-            num_bytes += report.num_bytes
+            traffic = divide_weights(model, self.plan, groups, training=self.training)
+            reports.append(self.fill(model, source, groups))
             model.set_attention(kernel)
             model.gradient_checkpointing = self.training and config.workload.activation_checkpointing
             model.train(self.training)
-            models.append(parallelize_wan(model, self.plan, devices=self.devices, training=self.training))
+            models.append(
+                parallelize_wan(
+                    model, self.plan, groups, devices=self.devices, training=self.training, traffic=traffic
+                )
+            )
         self.stopwatch.synchronize()
         self.report["load"] = {
             "seconds": time.perf_counter() - begin,
-            "num_bytes": num_bytes,
+            "num_bytes": sum(report.num_bytes for report in reports),
+            "bytes_read": sum(report.bytes_read for report in reports),
+            "bytes_received": sum(report.bytes_received for report in reports),
             "anonymous_growth_bytes": max(0, anonymous_rss_bytes() - anonymous_before),
         }
         self.report["effective"] = {"attention": kernel, "weights": [source.describe() for source in sources]}
         return models
+
+    def fill(self, model: WanTransformer, source: WeightSource, groups: Groups) -> LoadReport:
+        """Load the weights that this rank holds, together with the other ranks where there are any."""
+        layout, architecture = self.plan.layout, model.architecture
+        settings: dict[str, Any] = {
+            "device_of": lambda name: self.devices[self.position_of(name)],
+            "requires_grad": self.training,
+            "on_tensor": self.load_progress(model),
+        }
+        if layout.num_ranks == 1:
+            return load_weights(model, source, **settings)
+        loader = Loader(
+            architecture,
+            part_of=partial(part_of_rank, layout, architecture),
+            nodes=self.job.nodes or [range(layout.num_ranks)],
+            rank=self.rank,
+            home=self.devices[0],
+            known_groups=groups.all().values(),
+        )
+        return loader.load(model, source, **settings)
 
     def empty_model(self, dtype: torch.dtype) -> WanTransformer:
         """A transformer on the meta device, with fewer blocks where only the first are compared."""
@@ -140,7 +178,7 @@ class RankRun:
         return position_of(name, self.plan.block_owner)
 
     def load_progress(self, model: nn.Module) -> Callable[[str, int], None]:
-        total, done = sum(parameter.nbytes for parameter in model.parameters()), 0
+        total, done = sum(local_tensor(parameter).nbytes for parameter in model.parameters()), 0
 
         def on_tensor(_name: str, num_bytes: int) -> None:
             nonlocal done
@@ -150,12 +188,11 @@ class RankRun:
         return on_tensor
 
     def make_workload(self, models: Sequence[ParallelModel], samples: Samples) -> Workload:
-        modules = [model.module for model in models]
         if not self.training:
-            return Denoise(self.config, modules, samples, self.stopwatch.forward)
+            return Denoise(self.config, models, samples, self.stopwatch.forward)
         return Train(
             self.config,
-            modules[0],
+            models[0].module,
             samples,
             self.stopwatch.forward,
             chunks=self.job.reference_of or [self.share.num_samples],
@@ -173,7 +210,7 @@ class RankRun:
         parts = {
             name: scatter_batch(
                 whole.get(name),
-                self.shares,
+                self.plan.replica_shares,
                 rank=self.rank,
                 like=torch.empty(shape, device=self.devices[0]),
             )
@@ -187,9 +224,10 @@ class RankRun:
         config = self.config
         return draw_samples(config.model, config.video, seed=config.seed, indices=indices).to(self.devices[0])
 
-    @property
-    def shares(self) -> list[int]:
-        return [rank.num_samples for rank in self.plan.ranks]
+    def gather(self, part: Tensor) -> Tensor | None:
+        """The samples of all replicas in their order on rank 0, None elsewhere."""
+        shares, leaders = self.plan.replica_shares, self.plan.layout.replica_leaders
+        return gather_batch(part, shares, rank=self.rank, ranks=leaders)
 
     def warm_up(self, workload: Workload) -> None:
         self.stopwatch.synchronize()
@@ -204,9 +242,9 @@ class RankRun:
 
     def measure(self, workload: Workload, models: Sequence[ParallelModel]) -> None:
         """The timed steps, and the peaks of memory over them."""
-        seams = [model.seams for model in models if model.seams]
-        for seam in seams:
-            seam.reset()
+        counters = [(axis, counter) for model in models for axis, counter in model.traffic.items()]
+        for _, counter in counters:
+            counter.reset()
         reset_peaks(self.devices)
         self.stopwatch.restart()
         total = self.config.workload.num_steps
@@ -218,12 +256,15 @@ class RankRun:
             self.events.emit("step", index=index, seconds=self.stopwatch.step_s[-1])
         self.events.progress("measure", total, total)
         owned = self.owned_bytes(models, workload)
+        sent: dict[str, float] = {}
+        for axis, counter in counters:
+            sent[axis] = sent.get(axis, 0) + counter.num_bytes / len(self.stopwatch.forward_s)
         self.report |= {
             "window": [begin, time.time()],
             "step_s": self.stopwatch.step_s,
             "forward_s": self.stopwatch.forward_s,
             "forwards_per_step": len(self.stopwatch.forward_s) / total,  # an expert may run without guidance
-            "seam_bytes_per_forward": sum(s.num_bytes for s in seams) / len(self.stopwatch.forward_s),
+            "bytes_per_forward": sent,
             "losses": workload.losses if isinstance(workload, Train) else [],
             "memory": read_peaks(self.owned, self.devices, owned),
             "weight_gib": [number / GIB for number in self.owned_bytes(models)],
@@ -232,7 +273,7 @@ class RankRun:
         self.stopwatch.restart()
         if self.plan.mode == "data_parallel" and isinstance(workload, Denoise):
             gather_begin = time.perf_counter()
-            gather_batch(workload.latent, self.shares, rank=self.rank)
+            self.gather(workload.latent)
             self.stopwatch.synchronize()
             self.report["gather_s"] = time.perf_counter() - gather_begin
 
@@ -263,7 +304,7 @@ class RankRun:
         with contextlib.ExitStack() as stack:
             for model in models:
                 stack.enter_context(first_blocks(model.bare, self.report["parity_blocks"]))
-            flows = gather_batch(workload.parity_flows(), self.shares, rank=self.rank)
+            flows = self.gather(workload.parity_flows())
         if flows is not None:
             write_answer(self.job.run_folder, {"flow": flows})
 
@@ -283,27 +324,30 @@ class RankRun:
             outer_bytes=architecture.num_outer_parameters() * element,
             block_bytes=architecture.num_block_parameters() * element,
             device_bytes=self.plan.devices[0].total_bytes,
-            reference_s=load_s + NUM_PARITY_FORWARDS * len(self.shares) * forward_s,
+            # As if the GPUs of a replica shared its work without loss: what it took them, one takes in turn.
+            reference_s=load_s + num_parity_forwards(self.config) * forward_s * self.plan.layout.num_devices,
         )
 
     def compare(self, models: Sequence[ParallelModel]) -> dict[str, Any]:
-        """The reference launch: the same answer from one device in mode none, and the distance to the run's."""
+        """The reference launch: the distance of the run's answer to that of one device in mode none."""
+        parity = compare_answers(read_answer(self.job.run_folder), self.reference_answer(models))
+        return {"rel_l2": parity.rel_l2, "bit_equal": parity.bit_equal}
+
+    def reference_answer(self, models: Sequence[ParallelModel]) -> dict[str, Tensor]:
+        """What `leave_flows` or `leave_gradients` of any layout should have left, computed in the same shares."""
         assert self.job.reference_of is not None
         if self.training:
             workload = self.make_workload(models, self.local_samples())
             assert isinstance(workload, Train)
-            reference = workload.first_gradients()
-        else:
-            flows, first = [], 0
-            for size in self.job.reference_of:
-                self.events.progress("parity", first, self.plan.batch_size)
-                workload = self.make_workload(models, self.draw(range(first, first + size)))
-                assert isinstance(workload, Denoise)
-                flows.append(workload.parity_flows().cpu())
-                first += size
-            reference = {"flow": torch.cat(flows)}
-        parity = compare_answers(read_answer(self.job.run_folder), reference)
-        return {"rel_l2": parity.rel_l2, "bit_equal": parity.bit_equal}
+            return workload.first_gradients()
+        flows, first = [], self.share.first_sample
+        for size in self.job.reference_of:
+            self.events.progress("parity", first, self.plan.batch_size)
+            workload = self.make_workload(models, self.draw(range(first, first + size)))
+            assert isinstance(workload, Denoise)
+            flows.append(workload.parity_flows().cpu())
+            first += size
+        return {"flow": torch.cat(flows)}
 
     def profile(self, workload: Workload) -> None:
         """A torch profiler trace of one step, in a pass of its own: its overhead is in no other figure."""

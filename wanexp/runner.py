@@ -237,7 +237,7 @@ def compare_with_reference(record: Record, job: Job, num_blocks: int, progress: 
         job,
         plan=reference_plan(plan, num_blocks),
         folder=job.run_folder / "reference",
-        reference_of=tuple(rank.num_samples for rank in plan.ranks),
+        reference_of=plan.forward_batches,
         num_blocks=None if num_blocks == total else num_blocks,
     )
     launched = _launch(reference, progress)

@@ -14,14 +14,11 @@ from hypothesis import strategies as st
 from tests.parallel.ranks import on_ranks
 from wanexp.errors import LayoutError, UserError
 from wanexp.parallel import ring as ring_attention
-from wanexp.parallel.context_parallel import (
-    check_context_parallel,
-    context_parallel,
-    context_parallel_bytes,
-)
+from wanexp.parallel.context_parallel import context_parallel
 from wanexp.parallel.ring import merge
-from wanexp.parallel.sequence_split import token_shares
-from wanexp.parallel.ulysses import head_shares, join_heads, pack_heads, unpack_tokens
+from wanexp.parallel.shares import check_context_parallel, head_shares, token_shares
+from wanexp.parallel.traffic import context_parallel_bytes
+from wanexp.parallel.ulysses import join_heads, pack_heads, unpack_tokens
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.attention import attention_function, attention_with_lse
 from wanexp.wan.transformer import WanTransformer, first_blocks

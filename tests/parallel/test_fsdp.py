@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.parallel.ranks import on_ranks
-from wanexp.parallel.fsdp import fsdp_bytes, full_gradient, shard_part, shard_with_fsdp
+from wanexp.parallel.fsdp import full_gradient, shard_with_fsdp
+from wanexp.parallel.shares import shard_part
+from wanexp.parallel.traffic import fsdp_bytes
 from wanexp.parallel.loading import Loader
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.transformer import WanTransformer, first_blocks

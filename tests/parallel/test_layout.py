@@ -93,12 +93,19 @@ def test_an_unknown_placement():
         ("data_parallel", {"dp": 2}, 2, Layout(dp=2)),
         ("distributed", {"dp": -1}, 1, Layout(dp=1)),
         ("block_distribution", {"blocks": -1}, 4, Layout(blocks=4)),
+        ("block_distribution", {"blocks": -1, "dp": 2, "cfg": 2}, 8, Layout(dp=2, cfg=2, blocks=2)),
+        ("cfg_parallel", {"cfg": 2}, 2, Layout(cfg=2)),
+        ("context_parallel", {"ulysses": -1, "ring": 2}, 6, Layout(ring=2, ulysses=3)),
+        ("tensor_parallel", {"tp": -1}, 3, Layout(tp=3)),
+        ("fsdp", {"dp": -1, "shard": -1}, 4, Layout(dp=4, shard=4)),
+        ("fsdp", {"dp": -1, "shard": 2}, 4, Layout(dp=4, shard=2)),
+        ("hybrid", {"cfg": 2, "ulysses": -1, "ring": 2}, 8, Layout(cfg=2, ring=2, ulysses=2)),
+        ("hybrid", {"cfg": 2, "ulysses": -1, "shard": -1}, 8, Layout(cfg=2, ulysses=4, shard=8)),
     ],
 )
 def test_layouts(mode, degrees, gpus, layout):
     found = resolve_layout(ParallelismConfig(mode=mode, **degrees), gpus)
     assert found == layout and found.num_devices == gpus
-    assert found.degrees() == {"dp": layout.dp, "blocks": layout.blocks}
 
 
 def test_a_layout_in_words():
@@ -121,11 +128,69 @@ def test_a_layout_in_words():
         ("none", {}, 2, LayoutError, "mode none uses one device, gpus names 2; write gpus=[0] or another"),
         ("data_parallel", {"dp": 0}, 2, UserError, "parallelism.dp is 0; write a number of 1 or more, or -1"),
         ("block_distribution", {"blocks": -2}, 2, UserError, "parallelism.blocks is -2; write a number of 1"),
-        ("block_distribution", {"blocks": 2, "dp": 2}, 4, LayoutError, "block_distribution spreads one repl"),
-        ("data_parallel", {"blocks": 2, "dp": 2}, 4, LayoutError, "data_parallel holds whole replicas"),
-        ("distributed", {"blocks": 2, "dp": 2}, 4, LayoutError, "distributed holds whole replicas"),
-        ("data_parallel", {"dp": 3}, 2, LayoutError, "needs dp 3 x blocks 1 = 3 GPUs, gpus names 2"),
-        ("none", {"dp": 2}, 1, LayoutError, "needs dp 2 x blocks 1 = 2 GPUs, gpus names 1"),
+        (
+            "data_parallel",
+            {"blocks": 2, "dp": 2},
+            4,
+            LayoutError,
+            "data_parallel has no blocks, parallelism.block",
+        ),
+        (
+            "none",
+            {"dp": 2},
+            1,
+            LayoutError,
+            "none has no dp, parallelism.dp is 2; leave it out, or write paralle",
+        ),
+        ("data_parallel", {"dp": 3}, 2, LayoutError, "needs dp 3 = 3 GPUs, gpus names 2"),
+        (
+            "hybrid",
+            {"cfg": 2, "tp": 2, "ring": 2},
+            4,
+            LayoutError,
+            "cfg 2 x ring 2 x tp 2 = 8 GPUs, gpus names 4",
+        ),
+        (
+            "hybrid",
+            {"cfg": 2, "ulysses": -1},
+            3,
+            LayoutError,
+            "3 GPUs cannot be divided by cfg 2 = 2, which para",
+        ),
+        ("hybrid", {"ring": -1, "ulysses": -1}, 4, LayoutError, "parallelism.ring and ulysses are both -1"),
+        (
+            "hybrid",
+            {"cfg": 3},
+            3,
+            LayoutError,
+            "parallelism.cfg is 3: guidance has two forwards a step; write cfg",
+        ),
+        (
+            "fsdp",
+            {"dp": 4, "shard": 3},
+            4,
+            LayoutError,
+            "shard is 3, which does not divide the 4 ranks of dp 4",
+        ),
+        ("cfg_parallel", {"cfg": 2}, 1, LayoutError, "needs cfg 2 = 2 GPUs, gpus names 1"),
+        ("context_parallel", {"ulysses": -1}, 1, LayoutError, "context_parallel on one GPU splits nothing"),
+        ("hybrid", {"blocks": 2, "ring": 2}, 4, LayoutError, "ring=2 is refused: every rank of a ring"),
+        (
+            "hybrid",
+            {"blocks": 2, "ulysses": 2},
+            4,
+            LayoutError,
+            "ulysses=2 is refused: every rank would wait",
+        ),
+        ("hybrid", {"blocks": 2, "tp": 2}, 4, LayoutError, "tp=2 is refused: tp cuts every block's weights"),
+        ("hybrid", {"blocks": 2, "dp": 2, "shard": 2}, 4, LayoutError, "shard=2 is refused: blocks keeps a"),
+        (
+            "hybrid",
+            {"tp": 2, "shard": 2},
+            2,
+            LayoutError,
+            "shard=2 with tp=2 is refused: both cut the same weig",
+        ),
     ],
 )
 def test_layouts_that_make_no_sense(mode, degrees, gpus, kind, words):
@@ -133,3 +198,17 @@ def test_layouts_that_make_no_sense(mode, degrees, gpus, kind, words):
         resolve_layout(ParallelismConfig(mode=mode, **degrees), gpus)
     assert type(caught.value) is kind
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_neighbours_of_every_axis():
+    layout = Layout(dp=2, cfg=2, ring=2, ulysses=3, tp=2, shard=8)
+    assert layout.num_ranks == 48 and layout.replica_leaders == [0, 24]
+    assert layout.groups("tp")[:2] == [(0, 1), (2, 3)], "fastest"
+    assert layout.groups("ulysses")[:2] == [(0, 2, 4), (1, 3, 5)]
+    assert layout.groups("ring")[0] == (0, 6) and layout.groups("cfg")[0] == (0, 12)
+    assert layout.groups("dp")[5] == (5, 29) and layout.groups("shard")[1] == tuple(range(8, 16))
+    for axis in ("dp", "cfg", "ring", "ulysses", "tp", "shard"):
+        groups = layout.groups(axis)
+        assert sorted(rank for group in groups for rank in group) == list(range(48)), axis
+        assert {len(group) for group in groups} == {getattr(layout, axis)}
+    assert [layout.coordinate(29, axis) for axis in ("dp", "cfg", "ring", "ulysses", "tp")] == [1, 0, 0, 2, 1]

@@ -13,11 +13,12 @@ import wanexp.wan.checkpoint as checkpoint_module
 from tests.parallel.ranks import on_ranks
 from wanexp.errors import CheckpointError
 from wanexp.measure.memory import anonymous_rss_bytes
-from wanexp.parallel.fsdp import shard_part, shard_with_fsdp
+from wanexp.parallel.fsdp import shard_with_fsdp
+from wanexp.parallel.shares import shard_part, tensor_part
 from wanexp.parallel.loading import Loader, plan_loading, sharing_groups
-from wanexp.parallel.tensor_parallel import tensor_parallel, tensor_part
+from wanexp.parallel.tensor_parallel import tensor_parallel
 from wanexp.wan.architecture import WanArchitecture
-from wanexp.wan.safetensors_format import Part
+from wanexp.wan.part import Part
 from wanexp.wan.transformer import WanTransformer
 from wanexp.wan.weights import RandomWeights, load_weights, local_tensor, open_weights
 from wanexp.wan.write_checkpoint import write_checkpoint

@@ -9,14 +9,9 @@ import torch.distributed as dist
 from tests.parallel.ranks import on_ranks
 from wanexp.errors import LayoutError
 from wanexp.parallel.loading import Loader
-from wanexp.parallel.tensor_parallel import (
-    check_tensor_parallel,
-    ffn_columns_of_ranks,
-    heads_of_ranks,
-    tensor_parallel,
-    tensor_parallel_bytes,
-    tensor_part,
-)
+from wanexp.parallel.shares import check_tensor_parallel, ffn_columns_of_ranks, heads_of_ranks, tensor_part
+from wanexp.parallel.tensor_parallel import tensor_parallel
+from wanexp.parallel.traffic import tensor_parallel_bytes
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.transformer import WanTransformer
 from wanexp.wan.weights import RandomWeights, load_weights

@@ -16,7 +16,7 @@ from wanexp.errors import CheckpointError
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.checkpoint import open_checkpoint, open_experts
 from wanexp.wan.key_names import diffusers_to_native, native_to_diffusers
-from wanexp.wan.safetensors_format import Part
+from wanexp.wan.part import Part
 from wanexp.wan.weights import RandomWeights
 from wanexp.wan.write_checkpoint import write_checkpoint, write_model
 

@@ -9,7 +9,7 @@ from torch import nn
 from wanexp.errors import CheckpointError
 from wanexp.wan import load_transformer
 from wanexp.wan.architecture import WanArchitecture
-from wanexp.wan.safetensors_format import Part
+from wanexp.wan.part import Part
 from wanexp.wan.transformer import WanTransformer
 from wanexp.wan.weights import RandomWeights, _hash_range, load_weights, open_weights
 from wanexp.wan.write_checkpoint import write_checkpoint, write_model

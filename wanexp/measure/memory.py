@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wanexp.hardware.devices import Device
+from wanexp.wan.weights import local_tensor
 
 GIB = 1024**3
 
@@ -69,5 +70,7 @@ def owned_bytes_by_position(
             tensors: list[Any] = [parameter, parameter.grad]
             if optimizer is not None:
                 tensors += optimizer.state.get(parameter, {}).values()
-            owned[position_of(name)] += sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+            owned[position_of(name)] += sum(
+                local_tensor(tensor).nbytes for tensor in tensors if isinstance(tensor, Tensor)
+            )
     return owned

@@ -16,8 +16,6 @@ from torch import Tensor
 AUTO_BUDGET_S = 60.0  # verify=auto compares the whole model only where the reference costs less than this
 FREE_SHARE = 0.9  # of a device's memory that the reference may take
 
-NUM_PARITY_FORWARDS = 3  # timesteps of the schedule at which the flow is compared
-
 FILE_NAME = "parity.safetensors"
 
 

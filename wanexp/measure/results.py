@@ -61,15 +61,20 @@ def run_metrics(
     metrics["latency/warmup_s"] = max(report["warmup_s"] for report in reports.values())
     metrics |= _memory_metrics(reports)
     metrics |= _load_metrics(reports)
-    metrics["communication/seam_gib_per_forward"] = (
-        sum(r["seam_bytes_per_forward"] for r in reports.values()) / GIB
-    )
+    for axis in first["bytes_per_forward"]:
+        sent = sum(report["bytes_per_forward"][axis] for report in reports.values())
+        metrics[f"communication/{axis}_gib_per_forward"] = sent / GIB
+    for axis in {link["axis"] for link in first["links"]}:
+        speeds = [
+            link["gb_s"] for report in reports.values() for link in report["links"] if link["axis"] == axis
+        ]
+        metrics[f"communication/{axis}_link_gb_s"] = min(speeds)
     for name in ("scatter_s", "gather_s"):
         if name in first:
             metrics[f"communication/{name.removesuffix('_s')}_ms"] = first[name] * 1000
     if first["losses"]:
-        shares = [rank.num_samples for rank in plan.ranks]
-        last = [reports[rank]["losses"][-1] for rank in sorted(reports)]
+        shares = plan.replica_shares
+        last = [reports[rank]["losses"][-1] for rank in plan.layout.replica_leaders]
         metrics["train/loss"] = sum(n * loss for n, loss in zip(shares, last, strict=True)) / sum(shares)
     if peak_tflops:
         factor = TRAIN_FLOPS_FACTOR if config.workload.name == "train" else 1
@@ -98,6 +103,12 @@ def _load_metrics(reports: Mapping[int, Report]) -> dict[str, float]:
     num_bytes = sum(load["num_bytes"] for load in loads)
     return {
         "load/seconds": seconds,
+        **{
+            f"load/rank{rank}/read_gib": report["load"]["bytes_read"] / GIB
+            for rank, report in reports.items()
+        },
+        "load/read_gib": sum(load["bytes_read"] for load in loads) / GIB,
+        "load/received_gib": sum(load["bytes_received"] for load in loads) / GIB,
         "load/gib": num_bytes / GIB,
         "load/gib_per_second": num_bytes / GIB / seconds,
         "load/anonymous_growth_gib": max(load["anonymous_growth_bytes"] for load in loads) / GIB,

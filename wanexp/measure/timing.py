@@ -19,7 +19,7 @@ class Stopwatch:
         self.devices = [device for device in devices if device.type == "cuda"]
         self.step_s: list[float] = []
         self.forward_s: list[float] = []
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event, int]] = []
 
     def restart(self) -> None:
         self.step_s, self.forward_s, self._events = [], [], []
@@ -38,15 +38,17 @@ class Stopwatch:
         yield
         self._wait_for_devices()
         self.step_s.append(time.perf_counter() - begin)
-        self.forward_s += [first.elapsed_time(second) / 1000 for first, second in self._events]
+        for first, second, count in self._events:
+            self.forward_s += [first.elapsed_time(second) / 1000 / count] * count
         self._events = []
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
+    def forward(self, count: int = 1) -> Iterator[None]:
+        """Times `count` forwards that are carried out together; each counts with its share of the time."""
         if not self.devices:
             begin = time.perf_counter()
             yield
-            self.forward_s.append(time.perf_counter() - begin)
+            self.forward_s += [(time.perf_counter() - begin) / count] * count
             return
         # Both events on the first device: a prediction always comes back to it.
         with torch.cuda.device(self.devices[0]):
@@ -54,7 +56,7 @@ class Stopwatch:
             events[0].record()
             yield
             events[1].record()
-        self._events.append(events)
+        self._events.append((*events, count))
 
     def _wait_for_devices(self) -> None:
         for device in self.devices:

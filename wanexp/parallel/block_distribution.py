@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from wanexp.parallel.pipeline import Stage, stages_of, wavefront
+from wanexp.parallel.requests import ForwardArguments
 from wanexp.wan.transformer import Pending, WanTransformer
 
 
@@ -114,18 +115,6 @@ def distribute_blocks(
     model.head.register_forward_pre_hook(enter(previous, crosses=False), with_kwargs=True)  # type: ignore[union-attr]
     model.head.register_forward_hook(leave)  # type: ignore[union-attr]
     return seams
-
-
-@dataclass(frozen=True)
-class ForwardArguments:
-    """What one forward gets, as of `WanTransformer.forward`."""
-
-    latent: Tensor
-    timestep: Tensor
-    text: Tensor | None = None
-    image_latent: Tensor | None = None
-    clip_features: Tensor | None = None
-    context: Tensor | None = None
 
 
 Event = torch.cuda.Event | None

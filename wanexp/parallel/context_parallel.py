@@ -19,54 +19,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from wanexp.errors import UserError
 from wanexp.parallel.ring import attend_around_ring
-from wanexp.parallel.sequence_split import Traffic, degree_of, gather_tokens, rank_in, token_shares
-from wanexp.parallel.ulysses import attend_by_heads, head_shares
+from wanexp.parallel.sequence_split import degree_of, gather_tokens, rank_in
+from wanexp.parallel.shares import head_shares, token_shares
+from wanexp.parallel.traffic import Traffic
+from wanexp.parallel.ulysses import attend_by_heads
 from wanexp.wan.attention import AttentionFunction, AttentionWithLse, attention_with_lse, kernel_name
 from wanexp.wan.block import WanBlock
 from wanexp.wan.rope import Rope
 from wanexp.wan.transformer import WanTransformer
 
 BlockInputs = tuple[Tensor, Tensor, Tensor, Rope, Tensor | None]
-
-
-def check_context_parallel(*, num_heads: int, num_tokens: int, ulysses: int, ring: int) -> None:
-    """Raises LayoutError unless `ulysses` x `ring` ranks get at least one token, and Ulysses ranks one head, each.
-
-    num_heads: of one rank before the exchange, so under tensor parallelism its share.
-    """
-    head_shares(num_heads, ulysses)
-    token_shares(num_tokens, ulysses=ulysses, ring=ring)
-
-
-def context_parallel_bytes(
-    tokens: int,
-    dim: int,
-    layers: int,
-    ulysses: int,
-    ring: int,
-    element_size: int,
-    *,
-    batch: int = 1,
-    out_features: int = 64,
-) -> int:
-    """Bytes that a rank sends in one forward, the mean over all ranks.
-
-    A layer: three tensors of tokens * dim to the heads' ranks and one back, of which 1 / (ulysses * ring) starts at a
-    rank and 1 / ulysses of that stays there; keys and values of the heads of a rank ring - 1 times to its neighbour.
-    Then the fp32 prediction. Exact where the heads or the tokens divide by `ulysses` and, for the prediction, the
-    tokens by the ranks.
-
-    tokens: of one sample. element_size: bytes of an element of q, k and v. out_features: of the head, patch volume *
-    out_channels.
-    """
-    ranks = ulysses * ring
-    exchanged = 4 * (ulysses - 1) / (ulysses * ranks)
-    passed_on = 2 * (ring - 1) / ranks
-    gathered = (ulysses - 1) / ranks + (ring - 1) / ring
-    hidden_bytes = batch * tokens * dim * element_size
-    return round(
-        layers * hidden_bytes * (exchanged + passed_on) + batch * tokens * out_features * 4 * gathered
-    )
 
 
 def context_parallel(

@@ -34,18 +34,32 @@ def scatter_batch(batch: Tensor | None, shares: Sequence[int], *, rank: int, lik
     return part
 
 
-def gather_batch(part: Tensor, shares: Sequence[int], *, rank: int) -> Tensor | None:
-    """The inverse of `scatter_batch`: [sum(shares), ...] in the order of the batch on rank 0, None elsewhere."""
+def gather_batch(
+    part: Tensor, shares: Sequence[int], *, rank: int, ranks: Sequence[int] | None = None
+) -> Tensor | None:
+    """The inverse of `scatter_batch`: [sum(shares), ...] in the order of the batch on the first rank, None elsewhere.
+
+    ranks: who has the shares, in their order; None: ranks 0, 1, ... A rank that is not among them has nothing to give.
+    """
+    ranks = range(len(shares)) if ranks is None else ranks
     if len(shares) == 1:
-        return part
-    if rank != 0:
+        return part if rank == ranks[0] else None
+    if rank not in ranks:
+        return None
+    if rank != ranks[0]:
         if len(part):
-            _wait([dist.P2POp(dist.isend, part.contiguous(), 0)])
+            _wait([dist.P2POp(dist.isend, part.contiguous(), ranks[0])])
         return None
     batch = part.new_empty((sum(shares), *part.shape[1:]))
     parts = batch.split(list(shares))
     parts[0].copy_(part)
-    _wait([dist.P2POp(dist.irecv, target, peer) for peer, target in enumerate(parts) if peer and len(target)])
+    _wait(
+        [
+            dist.P2POp(dist.irecv, target, peer)
+            for peer, target in list(zip(ranks, parts, strict=True))[1:]
+            if len(target)
+        ]
+    )
     return batch
 
 

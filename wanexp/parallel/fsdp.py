@@ -20,32 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from wanexp.parallel.sequence_split import Traffic
-from wanexp.wan.safetensors_format import Part
+from wanexp.parallel.traffic import Traffic, fsdp_bytes
 from wanexp.wan.transformer import WanTransformer
-
-
-def shard_part(shape: tuple[int, ...], *, degree: int, index: int) -> Part:
-    """What shard `index` of `degree` has of a tensor: rows, the last shards fewer or none, as torch.chunk cuts."""
-    rows = -(-shape[0] // degree)
-    start = min(index * rows, shape[0])
-    return Part(0, start, min(start + rows, shape[0]))
-
-
-def fsdp_bytes(
-    num_parameters: int, *, element_size: int, shards: int, replicas: int = 1, training: bool
-) -> int:
-    """Bytes that a rank sends in one forward, in training with the backward pass that follows.
-
-    Every gather sends this rank's shard to the shards - 1 others. Training gathers again for the backward pass and
-    scatters the gradients the same way back; copies of a shard then all-reduce its gradient (a ring). Padding of
-    tensors whose rows do not divide comes on top.
-    """
-    num_bytes = num_parameters * element_size
-    gather = num_bytes * (shards - 1) / shards
-    if not training:
-        return round(gather)
-    return round(3 * gather + 2 * num_bytes / shards * (replicas - 1) / replicas)
 
 
 def shard_with_fsdp(model: WanTransformer, mesh: DeviceMesh, *, training: bool) -> Traffic:

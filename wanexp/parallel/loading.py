@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from wanexp.wan.architecture import WanArchitecture
-from wanexp.wan.safetensors_format import Part
+from wanexp.wan.part import Part
 from wanexp.wan.transformer import WanTransformer
 from wanexp.wan.weights import LoadReport, WeightSource, load_weights
 

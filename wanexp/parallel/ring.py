@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from wanexp.parallel.sequence_split import Traffic
+from wanexp.parallel.traffic import Traffic
 from wanexp.wan.attention import AttentionWithLse
 
 

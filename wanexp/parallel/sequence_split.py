@@ -1,12 +1,10 @@
-"""The split of the video tokens over the ranks of a sequence, and what context parallelism sent.
+"""The video tokens of a sequence, split over ranks and put together again.
 
 Ranks of a sequence are numbered ring outer, Ulysses inner: rank_in_sequence = ring_rank * ulysses + ulysses_rank. Each
 holds a run of tokens in their order; the shares differ by at most one token, so nothing is padded or masked.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -14,18 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from wanexp.errors import LayoutError
-from wanexp.parallel.layout import split_evenly
-
-
-@dataclass
-class Traffic:
-    """Bytes that this rank sent to other ranks for context parallelism since `reset`."""
-
-    num_bytes: int = 0
-
-    def reset(self) -> None:
-        self.num_bytes = 0
+from wanexp.parallel.traffic import Traffic
 
 
 def degree_of(group: ProcessGroup | None) -> int:
@@ -36,21 +23,6 @@ def degree_of(group: ProcessGroup | None) -> int:
 def rank_in(group: ProcessGroup | None) -> int:
     """The rank of this process in a group; None stands for this rank alone."""
     return 0 if group is None else dist.get_rank(group)
-
-
-@lru_cache(maxsize=16)
-def token_shares(num_tokens: int, *, ulysses: int, ring: int) -> tuple[tuple[int, ...], ...]:
-    """How many tokens each rank holds, as [ring rank][ulysses rank].
-
-    Raises LayoutError for fewer tokens than ranks.
-    """
-    if num_tokens < ulysses * ring:
-        raise LayoutError(
-            f"context_parallel splits {num_tokens} video tokens over ulysses {ulysses} x ring {ring} = "
-            f"{ulysses * ring} ranks, which leaves some without; write smaller degrees or a larger video"
-        )
-    shares = split_evenly(num_tokens, ulysses * ring)
-    return tuple(tuple(shares[first : first + ulysses]) for first in range(0, len(shares), ulysses))
 
 
 def gather_tokens(part: Tensor, shares: Sequence[int], *, group: ProcessGroup, traffic: Traffic) -> Tensor:

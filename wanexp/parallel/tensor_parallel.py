@@ -13,91 +13,18 @@ the ranks add up their sums of squares. Embeddings, modulation, norm3 and head a
 Plain slices in the model's own modules, not DTensor: its Shard(0) of 12 heads of q on 8 ranks would cut through heads.
 """
 
-import math
-import re
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from wanexp.errors import LayoutError
-from wanexp.parallel.layout import split_evenly
-from wanexp.parallel.sequence_split import Traffic
-from wanexp.wan.architecture import NORM_EPS, WanArchitecture
+from wanexp.parallel.shares import check_tensor_parallel, tensor_part
+from wanexp.parallel.traffic import Traffic, ring_factor
+from wanexp.wan.architecture import NORM_EPS
 from wanexp.wan.block import RMSNorm, SelfAttention, WanBlock
+from wanexp.wan.part import Part
 from wanexp.wan.rope import Rope, apply_rope
-from wanexp.wan.safetensors_format import Part
 from wanexp.wan.transformer import WanTransformer
-
-_BY_HEADS = re.compile(
-    r"blocks\.\d+\.(self|cross)_attn\.(([qkv]|k_img|v_img)\.(weight|bias)|norm_\w+\.weight)"
-)
-_BY_HEAD_COLUMNS = re.compile(r"blocks\.\d+\.(self|cross)_attn\.o\.weight")
-_BY_FFN = re.compile(r"blocks\.\d+\.ffn\.0\.(weight|bias)")
-_BY_FFN_COLUMNS = re.compile(r"blocks\.\d+\.ffn\.2\.weight")
-_ON_FIRST_RANK = re.compile(r"blocks\.\d+\.((self|cross)_attn\.o|ffn\.2)\.bias")
-
-FFN_UNIT = 64  # columns that stay together where they can: GPUs multiply aligned matrices faster
-
-
-def check_tensor_parallel(architecture: WanArchitecture, degree: int) -> None:
-    """Raises LayoutError unless every one of `degree` ranks gets at least one head and one column of the FFN."""
-    if degree > min(architecture.num_heads, architecture.ffn_dim):
-        raise LayoutError(
-            f"tensor_parallel splits {architecture.num_heads} heads and {architecture.ffn_dim} FFN columns over "
-            f"tp {degree} ranks, which leaves some without; write parallelism.tp="
-            f"{min(architecture.num_heads, architecture.ffn_dim)} or less"
-        )
-
-
-def heads_of_ranks(architecture: WanArchitecture, degree: int) -> list[int]:
-    """How many attention heads each rank holds; they differ by at most one."""
-    return split_evenly(architecture.num_heads, degree)
-
-
-def ffn_columns_of_ranks(architecture: WanArchitecture, degree: int) -> list[int]:
-    """How many of the FFN's inner columns each rank holds, in units of FFN_UNIT where that leaves no rank without."""
-    unit = math.gcd(architecture.ffn_dim, FFN_UNIT)
-    if architecture.ffn_dim // unit < degree:
-        unit = 1
-    return [unit * share for share in split_evenly(architecture.ffn_dim // unit, degree)]
-
-
-def tensor_part(
-    name: str, shape: Sequence[int], architecture: WanArchitecture, *, degree: int, rank: int
-) -> Part:
-    """What rank `rank` of `degree` holds of the tensor `name` of (whole) `shape`."""
-    if degree == 1:
-        return Part.whole(shape)
-    if _ON_FIRST_RANK.fullmatch(name):
-        return Part.whole(shape) if rank == 0 else Part(0, 0, 0)
-    heads = [count * architecture.head_dim for count in heads_of_ranks(architecture, degree)]
-    columns = ffn_columns_of_ranks(architecture, degree)
-    for pattern, dim, shares in (
-        (_BY_HEADS, 0, heads),
-        (_BY_HEAD_COLUMNS, 1, heads),
-        (_BY_FFN, 0, columns),
-        (_BY_FFN_COLUMNS, 1, columns),
-    ):
-        if pattern.fullmatch(name):
-            start = sum(shares[:rank])
-            return Part(dim, start, start + shares[rank])
-    return Part.whole(shape)
-
-
-def tensor_parallel_bytes(
-    architecture: WanArchitecture, *, batch: int, tokens: int, element_size: int, degree: int
-) -> int:
-    """Bytes that a rank sends in one forward, by rings: 2 (degree - 1) / degree of every all-reduced tensor.
-
-    A block: three [batch, tokens, dim] of `element_size` an element, and one fp32 sum of squares a row of q and k (of
-    both attentions, and of k_img).
-    """
-    hidden = 3 * batch * tokens * architecture.dim * element_size
-    sums = 4 * batch * (3 * tokens + architecture.text_len + architecture.clip_tokens)
-    return round(architecture.num_layers * (hidden + sums) * _ring_factor(degree))
 
 
 def tensor_parallel(model: WanTransformer, group: ProcessGroup) -> Traffic:
@@ -191,8 +118,4 @@ def _sum_over_ranks(tensor: Tensor, reducer: int) -> Tensor:
 def _all_reduce(tensor: Tensor, reducer: int) -> None:
     group, traffic = _REDUCERS[reducer]
     dist.all_reduce(tensor, group=group)
-    traffic.num_bytes += round(tensor.nbytes * _ring_factor(dist.get_world_size(group)))
-
-
-def _ring_factor(degree: int) -> float:
-    return 2 * (degree - 1) / degree
+    traffic.num_bytes += round(tensor.nbytes * ring_factor(dist.get_world_size(group)))

@@ -10,7 +10,6 @@ up to views of q, k and v that kernels take as they are. One copy to pack q, k a
 """
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -18,22 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from wanexp.errors import LayoutError
-from wanexp.parallel.layout import split_evenly
-from wanexp.parallel.sequence_split import Traffic
+from wanexp.parallel.shares import head_shares
+from wanexp.parallel.traffic import Traffic
 from wanexp.wan.attention import AttentionFunction
-
-
-@lru_cache(maxsize=16)
-def head_shares(num_heads: int, ulysses: int) -> tuple[int, ...]:
-    """How many heads each rank of a Ulysses group attends with. Raises LayoutError for fewer heads than ranks."""
-    if num_heads < ulysses:
-        raise LayoutError(
-            f"context_parallel gives the {num_heads} attention heads of a rank's q, k and v to ulysses {ulysses} "
-            f"ranks, which leaves {ulysses - num_heads} without; write parallelism.ulysses={num_heads} or less, "
-            "and spread the rest over ring"
-        )
-    return tuple(split_evenly(num_heads, ulysses))
 
 
 def attend_by_heads(

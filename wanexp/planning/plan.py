@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from wanexp.config import RunConfig
 from wanexp.errors import LayoutError, UserError
 from wanexp.hardware.devices import Device
-from wanexp.parallel.layout import Layout, place_blocks, resolve_layout, split_evenly
+from wanexp.parallel.layout import INFERENCE_AXES, Layout, place_blocks, resolve_layout, split_evenly
+from wanexp.parallel.pipeline import place_chunks
+from wanexp.parallel.shares import (
+    check_context_parallel,
+    check_tensor_parallel,
+    heads_of_ranks,
+    part_of_rank,
+)
+from wanexp.workloads.sizes import guidance_of, num_tokens
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -28,6 +36,7 @@ class Plan:
 
     block_owner: for each transformer block the position of its device within the rank's own devices.
     weight_bytes: weights on each device of `devices`, in their storage precision.
+    is_pipelined: the devices of a rank work at the same time, on forwards of one sample each.
     """
 
     mode: str
@@ -37,6 +46,7 @@ class Plan:
     batch_size: int
     block_owner: tuple[int, ...]
     weight_bytes: tuple[int, ...]
+    is_pipelined: bool = False
 
     @property
     def device_type(self) -> str:
@@ -47,9 +57,20 @@ class Plan:
         """GPUs of the run; 0 on logical CPU devices."""
         return len(self.devices) if self.device_type == "cuda" else 0
 
+    @property
+    def replica_shares(self) -> tuple[int, ...]:
+        """The number of samples of each replica."""
+        return tuple(self.ranks[leader].num_samples for leader in self.layout.replica_leaders)
+
+    @property
+    def forward_batches(self) -> tuple[int, ...]:
+        """The batches that the samples go through the model in, which a reference must use too."""
+        return (1,) * self.batch_size if self.is_pipelined else self.replica_shares
+
     def must_be_bit_equal(self, workload: str) -> bool:
         """Whether the answer must equal mode none's to the bit: the same kernels on the same local batch."""
-        return workload == "denoise"
+        layout = self.layout
+        return workload == "denoise" and layout.ring == layout.ulysses == layout.tp == 1
 
 
 def make_plan(config: RunConfig, devices: Sequence[Device]) -> Plan:
@@ -66,33 +87,22 @@ def make_plan(config: RunConfig, devices: Sequence[Device]) -> Plan:
             f"workload.batch_size {batch_size} is smaller than the {layout.dp} replicas; "
             f"write workload.batch_size={layout.dp} or more, or fewer GPUs"
         )
-    if config.workload.name == "train" and config.model.num_experts > 1:
-        raise UserError(
-            f"workload=train trains one transformer, {config.model.name} has {config.model.num_experts} experts; "
-            "write a model with one, such as model=wan2.1_t2v_14b"
-        )
-    if config.workload.name == "train" and config.parallelism.mode == "data_parallel":
-        raise LayoutError(
-            "workload=train needs synchronised gradients, data_parallel has none; write parallelism=distributed"
-        )
-    if config.workload.name == "train" and batch_size % layout.dp:
-        raise LayoutError(
-            f"workload.batch_size {batch_size} is not a multiple of the {layout.dp} training replicas, whose "
-            f"gradients are averaged with equal weight; write a multiple of {layout.dp}"
-        )
+    _check_workload(config, layout, batch_size)
     architecture = config.model.architecture
-    block_owner = place_blocks(
-        architecture.num_layers,
-        layout.blocks,
-        placement=config.parallelism.block_placement,
-        split=config.parallelism.block_split,
-        free_bytes=[device.free_bytes for device in devices] if layout.blocks > 1 else None,
+    check_tensor_parallel(architecture, layout.tp)
+    check_context_parallel(
+        num_heads=min(heads_of_ranks(architecture, layout.tp)),
+        num_tokens=num_tokens(config.model, config.video),
+        ulysses=layout.ulysses,
+        ring=layout.ring,
     )
-    ranks, first_sample = [], 0
-    for rank, num_samples in enumerate(split_evenly(batch_size, layout.dp)):
+    block_owner = _place_blocks(config, layout, devices)
+    ranks = []
+    shares = split_evenly(batch_size, layout.dp)
+    for rank in range(layout.num_ranks):
+        replica = layout.coordinate(rank, "dp")
         positions = tuple(range(rank * layout.blocks, (rank + 1) * layout.blocks))
-        ranks.append(RankPlan(rank, positions, first_sample, num_samples))
-        first_sample += num_samples
+        ranks.append(RankPlan(rank, positions, sum(shares[:replica]), shares[replica]))
     return Plan(
         mode=config.parallelism.mode,
         layout=layout,
@@ -100,27 +110,94 @@ def make_plan(config: RunConfig, devices: Sequence[Device]) -> Plan:
         ranks=tuple(ranks),
         batch_size=batch_size,
         block_owner=block_owner,
-        weight_bytes=_weight_bytes(config, ranks, block_owner, len(devices)),
+        weight_bytes=_weight_bytes(config, layout, ranks, block_owner, len(devices)),
+        is_pipelined=layout.blocks > 1 and config.parallelism.pipeline and config.workload.name == "denoise",
+    )
+
+
+def _check_workload(config: RunConfig, layout: Layout, batch_size: int) -> None:
+    """Raise for a workload that the layout cannot carry out."""
+    if config.workload.name == "denoise":
+        if layout.cfg > 1 and min(guidance_of(config)) <= 1:
+            raise LayoutError(
+                f"cfg={layout.cfg} needs two forwards a step, guidance above 1, found {min(guidance_of(config)):g}; "
+                "write workload.guidance_scale=[5], or another parallelism"
+            )
+        return
+    if config.model.num_experts > 1:
+        raise UserError(
+            f"workload=train trains one transformer, {config.model.name} has {config.model.num_experts} experts; "
+            "write a model with one, such as model=wan2.1_t2v_14b"
+        )
+    if config.parallelism.mode == "data_parallel":
+        raise LayoutError(
+            "workload=train needs synchronised gradients, data_parallel has none; write parallelism=distributed"
+        )
+    for axis in INFERENCE_AXES:
+        if getattr(layout, axis) > 1:
+            raise LayoutError(
+                f"{axis}={getattr(layout, axis)} is for inference, workload is train; write parallelism=distributed or "
+                "parallelism=fsdp"
+            )
+    if layout.dp > 1 and layout.shard == 1 and config.parallelism.mode not in ("distributed", "fsdp"):
+        raise LayoutError(
+            f"workload=train with dp={layout.dp} needs synchronised gradients, which {config.parallelism.mode} has only "
+            "with shard; write parallelism=distributed or parallelism=fsdp"
+        )
+    if batch_size % layout.dp:
+        raise LayoutError(
+            f"workload.batch_size {batch_size} is not a multiple of the {layout.dp} training replicas, whose "
+            f"gradients are averaged with equal weight; write a multiple of {layout.dp}"
+        )
+
+
+def _place_blocks(config: RunConfig, layout: Layout, devices: Sequence[Device]) -> tuple[int, ...]:
+    parallelism, num_layers = config.parallelism, config.model.architecture.num_layers
+    if parallelism.block_chunks is not None and layout.blocks > 1:
+        if parallelism.block_placement != "interleaved" or parallelism.block_split is not None:
+            raise LayoutError(
+                f"parallelism.block_chunks is {parallelism.block_chunks}, which is for interleaved blocks; write "
+                "parallelism.block_placement=interleaved and no block_split"
+            )
+        return place_chunks(num_layers, layout.blocks, parallelism.block_chunks)
+    return place_blocks(
+        num_layers,
+        layout.blocks,
+        placement=parallelism.block_placement,
+        split=parallelism.block_split,
+        free_bytes=[device.free_bytes for device in devices[: layout.blocks]] if layout.blocks > 1 else None,
     )
 
 
 def _weight_bytes(
-    config: RunConfig, ranks: Sequence[RankPlan], block_owner: Sequence[int], num_devices: int
+    config: RunConfig,
+    layout: Layout,
+    ranks: Sequence[RankPlan],
+    block_owner: Sequence[int],
+    num_devices: int,
 ) -> tuple[int, ...]:
     """Bytes of weights on each device: its blocks; embeddings with the first block, the head with the last."""
     architecture = config.model.architecture
-    head = sum(
-        math.prod(shape) for name, shape in architecture.outer_shapes().items() if name.startswith("head.")
-    )
-    embeddings = architecture.num_outer_parameters() - head
     training = config.workload.name == "train"  # fp32 master weights
     element = DTYPE_BYTES["float32" if training else config.precision.dtype] * config.model.num_experts
+
+    def held(rank: int, shapes: dict[str, tuple[int, ...]], prefix: str = "") -> int:
+        """Bytes that `rank` has of these tensors."""
+        return element * sum(
+            math.prod(part_of_rank(layout, architecture, rank, prefix + name, shape).shape_in(shape))
+            for name, shape in shapes.items()
+        )
+
+    outer = architecture.outer_shapes()
+    head = {name: shape for name, shape in outer.items() if name.startswith("head.")}
+    embeddings = {name: shape for name, shape in outer.items() if name not in head}
     weights = [0] * num_devices
     for rank in ranks:
+        block_bytes = held(rank.rank, architecture.block_shapes(), "blocks.0.")
         for owner in block_owner:
-            weights[rank.devices[owner]] += architecture.num_block_parameters() * element
-        weights[rank.devices[block_owner[0]]] += embeddings * element
-        weights[rank.devices[block_owner[-1]]] += head * element
+            weights[rank.devices[owner]] += block_bytes
+        weights[rank.devices[block_owner[0]]] += held(rank.rank, embeddings)
+        weights[rank.devices[block_owner[-1]]] += held(rank.rank, head)
     return tuple(weights)
 
 
@@ -133,5 +210,5 @@ def reference_plan(plan: Plan, num_blocks: int) -> Plan:
         ranks=(RankPlan(0, (0,), 0, plan.batch_size),),
         batch_size=plan.batch_size,
         block_owner=(0,) * num_blocks,
-        weight_bytes=(sum(plan.weight_bytes[position] for position in plan.ranks[0].devices),),
+        weight_bytes=(),  # not judged: it is not planned, only run
     )

@@ -6,24 +6,19 @@ Only modes that the runner can run are offered.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from wanexp.config import DeviceProfile, HardwareConfig, ParallelismConfig, RunConfig
 from wanexp.errors import LayoutError, UserError
 from wanexp.hardware.devices import Device
-from wanexp.parallel.layout import REPLICA_MODES, split_by_weight
+from wanexp.parallel.layout import split_by_weight
+from wanexp.planning.layouts import BUYS, layout_name, layout_settings, layouts
 from wanexp.planning.memory import GIB, DeviceMemory, predict_memory
 from wanexp.planning.plan import Plan, make_plan
 from wanexp.planning.time import TimePrediction, predict_time
 
-BUYS = {
-    "none": "the baseline",
-    "data_parallel": "throughput",
-    "distributed": "throughput, training",
-    "block_distribution": "memory",
-}
 Profiles = Sequence[DeviceProfile | None]
 """What is known of each of the devices beside it."""
 
@@ -42,23 +37,12 @@ class Candidate:
     @property
     def name(self) -> str:
         """Such as `block_distribution x 4, interleaved`."""
-        mode, count = self.parallelism.mode, len(self.devices)
-        placement, split = self.parallelism.block_placement, self.parallelism.block_split
-        suffix = f", {placement}" if placement != "contiguous" else ""
-        if split:
-            suffix = f", {'+'.join(str(share) for share in split)}"
-        return f"{mode} x {count}{suffix}" if count > 1 else mode
+        return layout_name(self.parallelism, len(self.devices))
 
     @property
     def settings(self) -> str:
         """The overrides that ask for it."""
-        words = [f"parallelism={self.parallelism.mode}"]
-        if self.parallelism.block_placement != "contiguous":
-            words.append(f"parallelism.block_placement={self.parallelism.block_placement}")
-        if split := self.parallelism.block_split:
-            words.append(f"'parallelism.block_split=[{','.join(str(share) for share in split)}]'")
-        words.append(f"'gpus=[{','.join(str(device.index) for device in self.devices)}]'")
-        return " ".join(words)
+        return layout_settings(self.parallelism, self.devices)
 
     @property
     def samples_per_s(self) -> float:
@@ -120,7 +104,10 @@ def plan_layouts(config: RunConfig, devices: Sequence[Device], profiles: Profile
     candidates = []
     for parallelism, chosen in layouts(devices):
         known = [by_index[device.index] for device in chosen]
-        candidates.append(judge(config, parallelism, chosen, known))
+        candidate = judge(config, parallelism, chosen, known)
+        if parallelism.mode == "hybrid" and candidate.plan is None:
+            continue  # the modes by name say why; a hybrid would only repeat it
+        candidates.append(candidate)
         if split := fitted_split(candidates[-1]):
             fitted = judge(config, dataclasses.replace(parallelism, block_split=split), chosen, known)
             candidates += [] if fitted.rejection else [fitted]
@@ -128,20 +115,6 @@ def plan_layouts(config: RunConfig, devices: Sequence[Device], profiles: Profile
     rejected = [candidate for candidate in candidates if candidate.rejection]
     feasible.sort(key=RANKINGS[config.objective])
     return Planned(config.objective, (*feasible, *rejected))
-
-
-def layouts(devices: Sequence[Device]) -> Iterator[tuple[ParallelismConfig, tuple[Device, ...]]]:
-    """Every mode on 1, 2, 4, ... and all devices, those with the most free memory first."""
-    by_memory = sorted(devices, key=lambda device: -device.free_bytes)
-    yield ParallelismConfig(mode="none"), tuple(by_memory[:1])
-    counts = sorted({len(devices), *(2**power for power in range(1, 8) if 2**power <= len(devices))} - {1})
-    for mode in REPLICA_MODES:
-        for count in counts:
-            yield ParallelismConfig(mode=mode, dp=count), _in_order(by_memory[:count])
-    for count in counts:
-        chosen = _in_order(by_memory[:count])
-        for placement in ("contiguous", "interleaved"):
-            yield ParallelismConfig("block_distribution", blocks=count, block_placement=placement), chosen
 
 
 def fitted_split(even: Candidate) -> list[int] | None:
@@ -163,10 +136,6 @@ def fitted_split(even: Candidate) -> list[int] | None:
         return None
     split = split_by_weight(blocks, rooms)
     return split if split != [owner.count(position) for position in range(len(rooms))] else None
-
-
-def _in_order(devices: Sequence[Device]) -> tuple[Device, ...]:
-    return tuple(sorted(devices, key=lambda device: device.index))
 
 
 def judge(

@@ -1,7 +1,8 @@
 """Predicted seconds of a forward and of a step: work over achieved rates, kind by kind. Pure.
 
-    forward = GEMM FLOPs / gemm + attention FLOPs / attention + bytes of elementwise kernels / elementwise + seams
-    step    = forwards * forward, of the slowest rank
+    forward = GEMM FLOPs / gemm + attention FLOPs / attention + bytes of elementwise kernels / elementwise
+              + what of its exchanges with other GPUs is not hidden (`_exchange_seconds`)
+    step    = forwards * forward, of the slowest rank; under cfg half as many, pipelined as `pipeline_time` plays it
     training step = (1 + 2 backward + 1 recompute) * forward + 1/2 attention + optimiser bytes
                     + what of DDP's all-reduce is not hidden
 
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 
 from wanexp.config import DeviceProfile, RunConfig
 from wanexp.hardware.devices import Device
+from wanexp.parallel.layout import Layout
+from wanexp.parallel.pipeline import pipeline_time, stages_of
+from wanexp.parallel.traffic import ring_factor
 from wanexp.planning.activations import Sizes
 from wanexp.planning.memory import sizes_of
 from wanexp.planning.plan import Plan, RankPlan
@@ -33,6 +37,9 @@ FRACTIONS = {
 BLOCK_KERNELS = 62  # launches in one block's forward, counted in transformer.py
 LAUNCH_US = 6.0  # a kernel launch of eager PyTorch: the floor of a small model
 LATENCY_US = 15.0  # of a copy between devices
+FSDP_COPY_FACTOR = (
+    4  # a gathered block is written, and copied to its parameters: read and written; its shard is read
+)
 HIDDEN_SHARE = 0.9  # of the backward pass, during which DDP's all-reduce can run
 ADAMW_BYTES = 80  # read and written per weight by torch's foreach AdamW: 8 fp32 kernels
 # Where nothing is known of a device: ratios of a generic GPU, good for ranking and never shown
@@ -119,11 +126,38 @@ def block_elementwise_bytes(s: Sizes) -> int:
     return round(s.elements * (2 * norm + norm3 + qk_norms + rope + gated + added + gathered + gelu))
 
 
-def block_seconds(s: Sizes, rates: Rates) -> float:
-    """One block's forward; never faster than its launches."""
+def block_seconds(s: Sizes, rates: Rates, layout: Layout = Layout()) -> float:  # noqa: B008  # immutable
+    """One block's forward on one GPU of `layout`, exchanges included; never faster than its launches."""
     gemm, attention = block_flops(s)
-    work = gemm / rates.gemm + attention / rates.attention + block_elementwise_bytes(s) / rates.elementwise
-    return max(work, BLOCK_KERNELS * rates.launch_s)
+    tokens, shares = layout.ring * layout.ulysses, layout.ring * layout.ulysses * layout.tp
+    work = gemm / rates.gemm + attention / rates.attention
+    elementwise = block_elementwise_bytes(s) / tokens
+    # Ulysses packs q, k and v and puts o together: 4 tensors read and written.
+    elementwise += 8 * s.hidden / tokens if layout.ulysses > 1 else 0
+    # A ring merges each part but the first: the fp32 result so far and the part read, the result written.
+    elementwise += (layout.ring - 1) * (2 * s.fp32 + s.hidden) / tokens
+    compute = max(work / shares + elementwise / rates.elementwise, BLOCK_KERNELS * rates.launch_s)
+    return _with_exchange(s, rates, layout, compute, attention / shares / rates.attention)
+
+
+def _with_exchange(s: Sizes, rates: Rates, layout: Layout, compute: float, attention: float) -> float:
+    """Seconds of a block with its exchanges: Ulysses and tensor parallel wait for theirs, ring and FSDP hide them.
+
+    Bytes as of `parallel/traffic.py`, a block's share of them.
+    """
+    seconds, part = compute, s.hidden / (layout.ring * layout.ulysses)
+    if layout.ulysses > 1:
+        seconds += 4 * part * (layout.ulysses - 1) / layout.ulysses / rates.link + 2 * rates.latency_s
+    if layout.ring > 1:  # each step's transfer beside its share of the attention
+        passed_on = 2 * part / rates.link + rates.latency_s
+        seconds += (layout.ring - 1) * max(0.0, passed_on - attention / layout.ring)
+    if layout.tp > 1:
+        seconds += 3 * part * ring_factor(layout.tp) / rates.link + 5 * rates.latency_s
+    if layout.shard > 1:
+        block_bytes = s.compute * s.arch.num_block_parameters()
+        gather = block_bytes * (layout.shard - 1) / layout.shard / rates.link + rates.latency_s
+        seconds = max(seconds + FSDP_COPY_FACTOR * block_bytes / rates.memory, gather)
+    return seconds
 
 
 def outer_seconds(s: Sizes, rates: Rates) -> float:
@@ -138,12 +172,12 @@ def predict_time(config: RunConfig, plan: Plan, profiles: Sequence[DeviceProfile
         rates_of(profile, config.precision.dtype, has_p2p=_has_p2p(device, plan.devices))
         for profile, device in zip(profiles, plan.devices, strict=True)
     ]
-    per_rank = [_rank_forward(config, plan, rank, rates) for rank in plan.ranks]
+    per_rank = [_rank_step(config, plan, rank, rates) for rank in plan.ranks]
     slowest = max(range(len(per_rank)), key=lambda rank: per_rank[rank][0])
-    forward_s, seam_s = per_rank[slowest]
+    step_s, seam_s = per_rank[slowest]
     if plan.device_type == "cpu":
-        forward_s *= plan.layout.num_ranks  # logical devices share the cores
-    step_s = forwards_per_step(config) * forward_s
+        step_s *= plan.layout.num_ranks  # logical devices share the cores
+    forward_s = step_s / forwards_per_step(config)
     if config.workload.name == "train":
         rank = plan.ranks[slowest]
         step_s = _train_step(config, plan, rank, forward_s, rates[rank.devices[0]])
@@ -154,21 +188,27 @@ def _has_p2p(device: Device, devices: Sequence[Device]) -> bool:
     return {other.index for other in devices} <= {device.index, *device.peers}
 
 
-def _rank_forward(
-    config: RunConfig, plan: Plan, rank: RankPlan, rates: Sequence[Rates]
-) -> tuple[float, float]:
-    """Seconds of one forward of a rank's share, and of these what the seams take."""
-    sizes = sizes_of(config, rank.num_samples)
+def _rank_step(config: RunConfig, plan: Plan, rank: RankPlan, rates: Sequence[Rates]) -> tuple[float, float]:
+    """Seconds of the forwards of one step of a rank's share, and of one forward what the seams take."""
+    batch = 1 if plan.is_pipelined else rank.num_samples
+    num_forwards = forwards_per_step(config) // plan.layout.cfg * rank.num_samples // batch
+    sizes = sizes_of(config, batch)
     owned = [rates[device] for device in rank.devices]
-    home = plan.block_owner[0]
-    total, seams, previous = outer_seconds(sizes, owned[home]), 0.0, home
-    for owner in plan.block_owner:
-        total += block_seconds(sizes, owned[owner])
-        if owner != previous:
-            slower = min(owned[owner].link, owned[previous].link)
-            seams += sizes.stream / slower + owned[owner].latency_s
-        previous = owner
-    return total + seams, seams
+    outer_s = outer_seconds(sizes, owned[plan.block_owner[0]])
+    stages = stages_of(plan.block_owner, len(plan.block_owner))
+    stage_s = [
+        (stage.stop - stage.start) * block_seconds(sizes, owned[stage.position], plan.layout)
+        for stage in stages
+    ]
+    stage_s[0] += outer_s
+    seam_s = 0.0
+    if plan.layout.blocks > 1:
+        slowest = min(rate.link for rate in owned)
+        seam_s = sizes.stream / slowest + max(rate.latency_s for rate in owned)
+    seams_s = seam_s * (len(stages) - 1)
+    if plan.is_pipelined:
+        return pipeline_time(stage_s, [stage.position for stage in stages], num_forwards, seam_s), seams_s
+    return num_forwards * (sum(stage_s) + seams_s), seams_s
 
 
 def _train_step(config: RunConfig, plan: Plan, rank: RankPlan, forward_s: float, rates: Rates) -> float:
@@ -178,8 +218,11 @@ def _train_step(config: RunConfig, plan: Plan, rank: RankPlan, forward_s: float,
     # makes the scores again (FlashAttention-2, section 3.1).
     attention_s = len(plan.block_owner) * block_flops(sizes_of(config, rank.num_samples))[1] / rates.attention
     backward_s = (2 + recompute) * forward_s + attention_s / 2
-    replicas = plan.layout.dp
-    # A ring all-reduce sends and receives 2 (N - 1) / N of the fp32 gradients (NCCL's performance notes)
-    reduce_s = 2 * (replicas - 1) / replicas * 4 * num_weights / rates.link
+    layout = plan.layout
+    # An all-reduce of the fp32 gradients; under FSDP a rank reduces its shard over the copies of it, and the gathers
+    # and scatters of all weights (`fsdp_bytes`) run beside the backward pass too.
+    reduce_s = ring_factor(layout.dp // layout.shard) * 4 * num_weights / rates.link
+    if layout.shard > 1:
+        reduce_s += 2 * (layout.shard - 1) * 4 * num_weights / rates.link
     exposed_s = max(0.0, reduce_s - HIDDEN_SHARE * backward_s)
     return forward_s + backward_s + exposed_s + ADAMW_BYTES * num_weights / rates.memory

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from wanexp.errors import CheckpointError
+from wanexp.wan.part import Part
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 STAGING_BYTES = 64 * 2**20  # read and copied at once on the way to a GPU
@@ -39,36 +40,6 @@ _ITEM_BYTES = {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} | {
     **dict.fromkeys(("U32", "I32"), 4),
     **dict.fromkeys(("U64", "I64"), 8),
 }
-
-
-@dataclass(frozen=True)
-class Part:
-    """The elements `start` to `stop` - 1 of a tensor along `dim`, all of the other dimensions.
-
-    The whole of a tensor is always written as `Part.whole(shape)`, so that equal parts compare equal. An empty part
-    (`start` == `stop`) says that nothing of the tensor is held.
-    """
-
-    dim: int
-    start: int
-    stop: int
-
-    @classmethod
-    def whole(cls, shape: Sequence[int]) -> "Part":
-        return cls(0, 0, shape[0])
-
-    @property
-    def is_empty(self) -> bool:
-        return self.start == self.stop
-
-    def shape_in(self, whole: Sequence[int]) -> tuple[int, ...]:
-        """The shape of this part of a tensor of shape `whole`."""
-        assert 0 <= self.start <= self.stop <= whole[self.dim], (self, whole)
-        return (*whole[: self.dim], self.stop - self.start, *whole[self.dim + 1 :])
-
-    def cut(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This part of `tensor`, as a view."""
-        return tensor.narrow(self.dim, self.start, self.stop - self.start)
 
 
 @dataclass(frozen=True)

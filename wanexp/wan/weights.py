@@ -16,7 +16,7 @@ from torch import nn
 from wanexp.errors import CheckpointError
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.checkpoint import open_checkpoint, open_experts
-from wanexp.wan.safetensors_format import Part
+from wanexp.wan.part import Part
 
 if TYPE_CHECKING:
     from wanexp.wan.transformer import WanTransformer

@@ -7,14 +7,16 @@ Formulas of the Wan 2.1 sampler (flow matching, Euler); of two experts the first
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wanexp.config import RunConfig
-from wanexp.measure.parity import NUM_PARITY_FORWARDS
+from wanexp.parallel.parallelize import ParallelModel
+from wanexp.parallel.requests import ForwardArguments
 from wanexp.workloads.samples import Samples, timesteps_of
-from wanexp.workloads.sizes import forwards_per_step, guidance_of
+from wanexp.workloads.sizes import forwards_per_step, guidance_of, parity_steps
 
 
 def sigma_schedule(num_steps: int, shift: float) -> list[float]:
@@ -32,8 +34,8 @@ def expert_for(config: RunConfig, timestep: float) -> int:
 class Denoise:
     """One share of a batch, from noise to the last step.
 
-    experts: transformers on this rank's devices, called as `WanTransformer.forward`. samples: on the first device.
-    time_forward wraps each forward (a context manager factory), so that the worker can time them.
+    experts: transformers on this rank's devices. samples: on the first device.
+    time_forwards wraps the forwards of a step (a context manager factory, given their number), to time them.
     """
 
     forwards_per_step: int
@@ -41,14 +43,14 @@ class Denoise:
     def __init__(
         self,
         config: RunConfig,
-        experts: Sequence[nn.Module],
+        experts: Sequence[ParallelModel],
         samples: Samples,
-        time_forward: Callable[[], object],
+        time_forwards: Callable[[int], AbstractContextManager[None]],
     ) -> None:
         self.config = config
         self.experts = experts
         self.samples = samples
-        self.time_forward = time_forward
+        self.time_forwards = time_forwards
         self.sigmas = sigma_schedule(config.workload.num_steps, config.model.shift)
         self.guidance = guidance_of(config)
         self.forwards_per_step = forwards_per_step(config)
@@ -71,43 +73,36 @@ class Denoise:
         sigma, sigma_next = self.sigmas[index], self.sigmas[index + 1]
         timestep = 1000 * sigma
         expert = expert_for(self.config, timestep)
-        flow = self.predict(expert, timestep, self.context[expert])
-        if self.guidance[expert] > 1:
-            uncond = self.predict(expert, timestep, self.negative_context[expert])
-            flow = uncond + self.guidance[expert] * (flow - uncond)
+        flow, *uncond = self.predict(expert, timestep)
+        if uncond:
+            flow = uncond[0] + self.guidance[expert] * (flow - uncond[0])
         self.latent += (sigma_next - sigma) * flow
 
-    def predict(self, expert: int, timestep: float, context: Tensor) -> Tensor:
-        """One forward: the predicted flow, fp32, the shape of the latent."""
-        with self.time_forward():  # type: ignore[attr-defined]
-            return self.experts[expert](
-                self.latent,
-                timesteps_of(self.config.model, self.latent, timestep),
-                image_latent=self.samples.image_latent,
-                context=context,
-            )
+    def predict(self, expert: int, timestep: float) -> list[Tensor]:
+        """The forwards of a step: predicted flows, fp32, the shape of the latent; with the prompt, then without."""
+        contexts = [self.context[expert]]
+        if self.guidance[expert] > 1:
+            contexts.append(self.negative_context[expert])
+        timesteps = timesteps_of(self.config.model, self.latent, timestep)
+        requests = [
+            ForwardArguments(self.latent, timesteps, image_latent=self.samples.image_latent, context=context)
+            for context in contexts
+        ]
+        with self.time_forwards(len(requests)):
+            return self.experts[expert].forwards(requests)
 
     @torch.inference_mode()
     def parity_flows(self) -> Tensor:
-        """Flows of the noise at a few timesteps of the schedule: fp32 [B, timesteps, C, F, H, W].
-
-        Under CFG the last one uses the negative text, so that both contexts are covered.
-        """
+        """Flows of the noise at a few timesteps of the schedule: fp32 [B, forwards, C, F, H, W]."""
         self.restart()
-        num_steps = self.config.workload.num_steps
-        last = NUM_PARITY_FORWARDS - 1
-        indices = sorted({round(k * (num_steps - 1) / last) for k in range(NUM_PARITY_FORWARDS)})
         flows = []
-        for index in indices:
+        for index in parity_steps(self.config):
             timestep = 1000 * self.sigmas[index]
-            expert = expert_for(self.config, timestep)
-            negative = self.forwards_per_step == 2 and index == indices[-1]
-            context = (self.negative_context if negative else self.context)[expert]
-            flows.append(self.predict(expert, timestep, context))
+            flows += self.predict(expert_for(self.config, timestep), timestep)
         return torch.stack(flows, dim=1)
 
 
 @torch.inference_mode()
-def embed_text(expert: nn.Module, text: Tensor, samples: Samples) -> Tensor:
+def embed_text(expert: ParallelModel, text: Tensor, samples: Samples) -> Tensor:
     """The context of one prompt batch, computed once a video (see `WanTransformer.embed_text`)."""
-    return expert.embed_text(text, samples.clip_features)  # type: ignore[operator]
+    return expert.bare.embed_text(text, samples.clip_features)

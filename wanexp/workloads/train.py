@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanexp.config import RunConfig
+from wanexp.parallel.fsdp import full_gradient
 from wanexp.workloads.samples import Samples, random_tensor, timesteps_of
 
 
@@ -78,11 +79,10 @@ class Train:
     def first_gradients(self) -> dict[str, Tensor]:
         """Gradients of a few parameters at the weights as they are; leaves no gradient and takes no step."""
         self.backward()
-        gradients = {
-            name: parameter.grad.clone()
-            for name, parameter in parity_parameters(self.model).items()
-            if parameter.grad is not None
-        }
+        gradients = {}
+        for name, parameter in parity_parameters(self.model).items():
+            if (gradient := full_gradient(parameter)) is not None:  # asked on every rank
+                gradients[name] = gradient.clone()
         self.optimizer.zero_grad(set_to_none=True)
         self.num_steps_taken = 0
         return gradients

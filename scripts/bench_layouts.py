@@ -1,0 +1,471 @@
+#!/usr/bin/env python
+"""Every layout of some GPUs, on several models and sizes, with processes started once for each layout.
+
+A run of the main job starts its processes anew, which is right for one run and dear for fifty. Here each layout starts
+once and takes all cases in turn, through the same code (`RankRun`) and into the same records, which import into MLflow
+and reports as any other. Mode none runs first, alone on each GPU at the same time: its mean is the base of all ratios,
+and its answers are what the others' are compared with.
+
+    python scripts/bench_layouts.py --gpus 0,1 --out docs/results/layouts_2gpus.md
+    python scripts/bench_layouts.py --gpus 0,1 --case wan2.1_t2v_1.3b:480p:3 --layout cfg_parallel --out /tmp/one.md
+
+A case is model:video:steps[:blocks that are compared[:more overrides]]. Beside each case stands what bf16 itself costs:
+the distance between mode none in bf16 and in fp32 over the first blocks (--fp32-blocks). The last line of the output is
+the table as JSON.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # works without an installation, too
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+from hydra import compose, initialize_config_dir
+
+from wanexp.config import RunConfig, conf_dir, register, to_dict, to_run_config
+from wanexp.errors import LayoutError
+from wanexp.hardware.devices import Device, find_devices, select_devices
+from wanexp.hardware.telemetry import TelemetrySampler
+from wanexp.job import Job
+from wanexp.launch import Heard, launch_config, quiet_agent, verdict
+from wanexp.measure.environment import host_environment
+from wanexp.record import Record
+from wanexp.runner import (
+    Prepared,
+    effective_settings,
+    leave_out_what_is_not_finite,
+    plan_summary,
+    take_results,
+)
+
+LAYOUTS = (
+    "data_parallel",
+    "distributed",
+    "cfg_parallel",
+    "context_parallel",
+    "context_parallel parallelism.ulysses=1 parallelism.ring=-1",
+    "tensor_parallel",
+    "fsdp",
+    "block_distribution",
+    "block_distribution parallelism.block_placement=interleaved",
+)
+CASES = ("wan2.1_t2v_1.3b:480p:3", "wan2.1_t2v_14b:480p:2", "wan2.1_t2v_14b:720p:1:4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One model at one size. blocks: how many of the first are compared; None: all."""
+
+    model: str
+    video: str
+    steps: int
+    blocks: int | None
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return " ".join((self.model, self.video, *self.overrides))
+
+    def config(self, *overrides: str) -> RunConfig:
+        register()
+        settings = [
+            f"model={self.model}",
+            f"video={self.video}",
+            f"workload.num_steps={self.steps}",
+            "tracking=none",
+            "verify=always",
+            *self.overrides,
+            *overrides,
+        ]
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return to_run_config(compose("config", overrides=settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What one process does of one case. kind: `run`, or `reference` in bf16 or fp32 (leaves an answer only)."""
+
+    job: Job
+    rank: int
+    kind: str = "run"
+    blocks: int | None = None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gpus", help="such as 0,1; default: all (two logical devices on the CPU)")
+    parser.add_argument("--case", action="append", help=f"default: {' '.join(CASES)}")
+    parser.add_argument("--layout", action="append", help=f"overrides of parallelism; default: {LAYOUTS}")
+    parser.add_argument(
+        "--override", action="append", default=[], help="for every run, such as attention=fa3"
+    )
+    parser.add_argument("--fp32-blocks", type=int, default=2, help="0: leave the fp32 reference out")
+    parser.add_argument("--folder", type=Path, help="where records go; default: multirun/layouts_<time>")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="Markdown table; a .json is written beside it"
+    )
+    options = parser.parse_args()
+
+    folder = (options.folder or ROOT / "multirun" / f"layouts_{time.strftime('%Y-%m-%d_%H-%M-%S')}").resolve()
+    cases = [parse_case(text, options.override) for text in options.case or CASES]
+    gpus = [int(index) for index in options.gpus.split(",")] if options.gpus else None
+    devices = select_devices(find_devices(cases[0].config().hardware), gpus, "hybrid")
+    multiprocessing.set_forkserver_preload(["wanexp.preload"])
+
+    print(f"{len(devices)} devices, records in {folder}", flush=True)
+    runs = measure_none(cases, devices, folder, options.fp32_blocks)
+    for number, layout in enumerate(options.layout or LAYOUTS):
+        begin = time.time()
+        try:
+            runs += measure_layout(cases, f"parallelism={layout}".split(), devices, folder, number)
+        except LayoutError as error:
+            print(f"{layout}: {error}")
+            continue
+        print(f"{layout}: {time.time() - begin:.0f} s", flush=True)
+        write_table(runs, cases, options.out)
+    write_table(runs, cases, options.out)
+    print(options.out.read_text())
+    print(json.dumps(table_rows(runs, cases)))
+    return 0 if all(record.outcome == "finished" for _, record in runs) else 1
+
+
+def parse_case(text: str, overrides: Sequence[str]) -> Case:
+    model, video, steps, blocks, *more = (text + "::").split(":")
+    extra = [word for word in ":".join(more).strip(":").split(" ") if word]
+    return Case(model, video, int(steps), int(blocks) if blocks else None, (*extra, *overrides))
+
+
+def measure_none(
+    cases: Sequence[Case], devices: Sequence[Device], folder: Path, fp32_blocks: int
+) -> list[tuple[Case, Record]]:
+    """Mode none on each device at the same time; each also computes the reference for the sample of its number."""
+    from wanexp.planning.plan import RankPlan, make_plan
+
+    tasks: list[list[Task]] = [[] for _ in devices]
+    runs = []
+    for case in cases:
+        for number, device in enumerate(devices):
+            config = case.config("parallelism=none", f"gpus=[{device.index}]")
+            plan = make_plan(config, [device])
+            where = folder / f"{case.name} none {device.label}".replace(" ", "_")
+            job = Job(config, plan, where / "ranks", where, num_threads=1)
+            tasks[number].append(Task(job, 0, blocks=case.blocks))
+            runs.append((case, job, number))
+            sample = dataclasses.replace(plan, ranks=(RankPlan(0, (0,), number, 1),))
+            total = config.model.architecture.num_layers
+            for kind, dtype, blocks in (
+                ("reference", None, case.blocks or total),
+                *(
+                    [("bf16", None, fp32_blocks), ("fp32", "fp32", fp32_blocks)]
+                    if number == 0 and fp32_blocks
+                    else []
+                ),
+            ):
+                asked = config if dtype is None else case.config("parallelism=none", f"precision={dtype}")
+                place = answer_folder(folder, case, kind, number)
+                task_job = Job(
+                    asked, sample, place / "ranks", place, num_threads=1, reference_of=(1,), num_blocks=blocks
+                )
+                tasks[number].append(Task(task_job, 0, "reference"))
+    heard, telemetry, begin = launch_tasks(tasks, devices)
+    return [
+        (case, finish_record(case, job, heard[job.folder], telemetry, begin, [], number))
+        for case, job, number in runs
+    ]
+
+
+def measure_layout(
+    cases: Sequence[Case], overrides: Sequence[str], devices: Sequence[Device], folder: Path, number: int
+) -> list[tuple[Case, Record]]:
+    """One layout, all cases in the same processes. Raises LayoutError where it suits none of them."""
+    from wanexp.planning.plan import make_plan
+
+    tasks: list[list[Task]] = []
+    jobs: list[tuple[Case, Job]] = []
+    for case in cases:
+        config = case.config(*overrides, f"gpus=[{','.join(str(device.index) for device in devices)}]")
+        plan = make_plan(config, devices)
+        place = folder / f"{case.name} {config.parallelism.mode} {number}".replace(" ", "_")
+        job = Job(config, plan, place / "ranks", place, num_threads=1)
+        jobs.append((case, job))
+        tasks = tasks or [[] for _ in plan.ranks]
+        for rank in range(len(plan.ranks)):
+            tasks[rank].append(Task(job, rank, blocks=case.blocks))
+    heard, telemetry, begin = launch_tasks(tasks, devices)
+    return [
+        (case, finish_record(case, job, heard[job.folder], telemetry, begin, overrides, None))
+        for case, job in jobs
+    ]
+
+
+def launch_tasks(
+    tasks: list[list[Task]], devices: Sequence[Device]
+) -> tuple[dict[Path, Heard], TelemetrySampler, float]:
+    """Run the tasks of each rank; what they said, by the folder of their job."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    from wanexp.events import EventTail
+
+    for task in (task for of_rank in tasks for task in of_rank):
+        task.job.folder.mkdir(parents=True, exist_ok=True)
+    with TelemetrySampler(devices) as telemetry, quiet_agent():
+        begin = time.time()
+        try:
+            elastic_launch(launch_config(len(tasks)), run_tasks)(tasks)
+        except ChildFailedError as error:
+            print("a launch failed:", {rank: failure.exitcode for rank, failure in error.failures.items()})
+    heard: dict[Path, Heard] = {}
+    for task in (task for of_rank in tasks for task in of_rank):
+        if task.job.folder not in heard:
+            heard[task.job.folder] = Heard()
+            for event in EventTail(task.job.folder, range(task.job.plan.layout.num_ranks)).poll():
+                heard[task.job.folder].take(event)
+    return heard, telemetry, begin
+
+
+def run_tasks(tasks_of_ranks: list[list[Task]]) -> None:
+    """Entry of a process."""
+    import torch
+
+    from wanexp.events import EventLog, log_path
+    from wanexp.measure.parity import write_answer
+    from wanexp.parallel.groups import Groups
+    from wanexp.rank_run import RankRun
+    from wanexp.worker import describe_error, prepare_allocator, process_group, torch_device
+
+    class BenchRun(RankRun):
+        blocks: int | None = None
+
+        def blocks_to_verify(self) -> int:
+            return self.blocks or self.config.model.architecture.num_layers
+
+    tasks = tasks_of_ranks[int(os.environ["RANK"])]
+    first = tasks[0]
+    log = os.open(log_path(first.job.folder, first.rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+
+    def devices_of(task: Task) -> tuple[list[Device], list[torch.device]]:
+        owned = [task.job.plan.devices[position] for position in task.job.plan.ranks[task.rank].devices]
+        return owned, [torch_device(device) for device in owned]
+
+    prepare_allocator(first.job, *devices_of(first))
+    with process_group(first.job.plan, first.rank, devices_of(first)[1][0], timeout_s=300, store=None):
+        for task in tasks:
+            owned, devices = devices_of(task)
+            events = EventLog(task.job.folder, task.rank)
+            run = BenchRun(task.job, task.rank, owned, devices, events)
+            run.blocks = task.blocks
+            try:
+                if task.kind == "run":
+                    events.emit("report", report=run.run())
+                else:
+                    write_answer(task.job.run_folder, run.reference_answer(run.load(Groups())))
+            except Exception as error:
+                traceback.print_exc()
+                sys.stdout.flush()
+                events.emit("error", **describe_error(error))
+                os._exit(1)
+            del run
+            gc.collect()
+            if devices[0].type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def finish_record(
+    case: Case,
+    job: Job,
+    heard: Heard,
+    telemetry: TelemetrySampler,
+    begin: float,
+    overrides: Sequence[str],
+    none_number: int | None,
+) -> Record:
+    """The record of one case, as the main job would write it."""
+    record = Record(
+        run_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(3).hex()}",
+        name=f"{job.config.parallelism.mode} {job.config.model.name}",
+        started=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        requested=to_dict(job.config),
+        command=["python", "scripts/bench_layouts.py"],
+        overrides=[f"model={case.model}", f"video={case.video}", *case.overrides, *overrides],
+    )
+    profile = profile_of(job)
+    record.plan = plan_summary(job.plan)
+    record.effective = effective_settings(job.config, job.plan)
+    record.environment = host_environment(job.plan.devices)
+    launched = verdict(job, heard, exit_codes={})
+    peak = profile.bf16_tflops if profile else None
+    take_results(record, job.config, Prepared(job.plan, judged(job), peak, []), launched)
+    if launched.reports:
+        windows = [report["window"] for report in launched.reports.values()]
+        metrics, warnings = telemetry.summarise(min(w[0] for w in windows), max(w[1] for w in windows))
+        record.metrics |= (
+            metrics | judged(job).predicted_metrics() | judged(job).error_metrics(record.metrics)
+        )
+        record.warnings += warnings
+        record.telemetry = telemetry.series(begin)
+        compare(record, case, job, none_number)
+    leave_out_what_is_not_finite(record)
+    record.write(job.run_folder)
+    return record
+
+
+def profile_of(job: Job) -> Any:
+    from wanexp.hardware.profiles import profile_for
+
+    return profile_for(job.config.hardware, job.plan.devices[0], conf_dir())
+
+
+def judged(job: Job) -> Any:
+    """The planner's prediction."""
+    from wanexp.planning.planner import judge
+    from wanexp.planning.preflight import Preflight
+
+    devices = job.plan.devices
+    return Preflight(
+        job.config, judge(job.config, job.config.parallelism, devices, [profile_of(job)] * len(devices))
+    )
+
+
+def answer_folder(folder: Path, case: Case, kind: str, sample: int) -> Path:
+    return folder / "answers" / f"{case.name} {kind} sample{sample}".replace(" ", "_")
+
+
+def compare(record: Record, case: Case, job: Job, none_number: int | None) -> None:
+    """The distance of the run's answer to mode none's, sample by sample; of mode none itself there is none to take."""
+    import torch
+
+    from wanexp.measure.parity import compare_answers, read_answer
+
+    folder = job.run_folder.parent
+    if none_number is not None:
+        if none_number == 0 and answer_folder(folder, case, "fp32", 0).exists():
+            exact, rounded = (read_answer(answer_folder(folder, case, kind, 0)) for kind in ("fp32", "bf16"))
+            record.metrics["parity/bf16_to_fp32"] = compare_answers(rounded, exact).rel_l2
+        return
+    references = [
+        read_answer(answer_folder(folder, case, "reference", sample))["flow"]
+        for sample in range(job.plan.batch_size)
+    ]
+    parity = compare_answers(read_answer(job.run_folder), {"flow": torch.cat(references)})
+    record.metrics["parity/rel_l2"] = parity.rel_l2
+    record.metrics["parity/bit_equal"] = float(parity.bit_equal)
+    record.metrics["parity/num_blocks"] = float(case.blocks or job.config.model.architecture.num_layers)
+    if parity.rel_l2 > job.config.precision.tolerance:
+        record.outcome = "inexact"
+
+
+def table_rows(runs: Sequence[tuple[Case, Record]], cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """One row a run: step time, ratio to the mean of mode none, memory, use of each GPU, bytes sent, parity."""
+    return [row for case in cases for row in _case_rows([r for c, r in runs if c == case], case)]
+
+
+def _case_rows(mine: Sequence[Record], case: Case) -> Iterator[dict[str, Any]]:
+    base = [
+        r.metrics["latency/step_ms"]
+        for r in mine
+        if r.effective["mode"] == "none" and "latency/step_ms" in r.metrics
+    ]
+    for record in mine:
+        metrics, labels = record.metrics, [device["label"] for device in record.effective["devices"]]
+        degrees = {name: degree for name, degree in record.plan["layout"].items() if degree > 1}
+        asked = record.requested["parallelism"]
+        placement = f", {asked['block_placement']}" if degrees.get("blocks") else ""
+        row: dict[str, Any] = {
+            "case": case.name,
+            "mode": record.effective["mode"] + placement,
+            "layout": " x ".join(f"{name}={degree}" for name, degree in degrees.items()) or "one GPU",
+            "outcome": record.outcome,
+        }
+        if "latency/step_ms" not in metrics or not base:
+            yield row | {"note": record.message}
+            continue
+        step, batch, mean = metrics["latency/step_ms"], metrics["setup/batch_size"], sum(base) / len(base)
+        sent = sum(value for name, value in metrics.items() if name.endswith("_gib_per_forward"))
+        yield row | {
+            "step ms": round(step, 1),
+            "speed-up": round(batch * mean / step, 3),
+            "samples": int(batch),
+            "peak GiB": " / ".join(
+                f"{metrics.get(f'memory/{label}/peak_allocated_gib', 0):.2f}" for label in labels
+            ),
+            "weights GiB": " / ".join(f"{metrics[f'memory/{label}/weights_gib']:.2f}" for label in labels),
+            "busy %": " / ".join(
+                f"{metrics.get(f'telemetry/{label}/utilization_percent', 0):.0f}" for label in labels
+            ),
+            "sent GiB a forward": round(sent, 3),
+            "parity": parity_words(metrics),
+            "predicted ms": round(metrics.get("plan/predicted_step_ms", 0), 1),
+            "predicted peak GiB": round(metrics.get("plan/predicted_peak_gib", 0), 2),
+        }
+
+
+def parity_words(metrics: dict[str, float]) -> str:
+    if "parity/bf16_to_fp32" in metrics:
+        return f"bf16 to fp32: {metrics['parity/bf16_to_fp32']:.1e}"
+    if metrics.get("parity/bit_equal"):
+        return "bit-equal"
+    return f"{metrics['parity/rel_l2']:.1e}" if "parity/rel_l2" in metrics else ""
+
+
+def write_table(runs: Sequence[tuple[Case, Record]], cases: Sequence[Case], out: Path) -> None:
+    rows = table_rows(runs, cases)
+    records = [record for _, record in runs]
+    headers = list(dict.fromkeys(name for row in rows for name in row))
+    first = next((record for record in records if record.environment.get("torch")), records[0])
+    torch, devices = first.environment.get("torch", {}), first.effective["devices"]
+    num_devices = len({device["index"] for record in records for device in record.effective["devices"]})
+    lines = [
+        f"# Every layout on {num_devices} x {devices[0]['name']}",
+        "",
+        f"Measured {first.started[:10]}; torch {torch.get('version')}, CUDA {torch.get('cuda')}, driver "
+        f"{first.environment.get('driver')}; precision {first.effective['precision']}, attention "
+        f"{first.effective['attention']}; random weights. Made by `python scripts/bench_layouts.py "
+        + " ".join(repr(word) if " " in word else word for word in sys.argv[1:])
+        + "`.",
+        "",
+        "Step: median of the timed steps after one for warm-up; two forwards (guidance). Speed-up: samples a second "
+        "over the mean of mode none on each GPU. Parity: worst relative L2 of the predicted flow against mode none's, "
+        "same kernels and shares of the batch; for none, of bf16 against fp32 over its first blocks.",
+        "",
+        "| " + " | ".join(headers) + " |",
+        "|" + " --- |" * len(headers),
+        *("| " + " | ".join(str(row.get(header, "")) for header in headers) + " |" for row in rows),
+        "",
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(lines))
+    kept = [
+        {
+            "overrides": record.overrides,
+            "outcome": record.outcome,
+            "message": record.message,
+            "layout": record.plan["layout"],
+            "metrics": record.metrics,
+            "samples": record.samples,
+            "warnings": record.warnings,
+        }
+        for record in records
+    ]
+    out.with_suffix(".json").write_text(json.dumps({"rows": rows, "runs": kept}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
