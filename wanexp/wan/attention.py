@@ -1,8 +1,10 @@
 """Attention kernels by name. Each takes and gives [batch, tokens, heads, head_dim].
 
-`attention_function` gives the kernel of a model, which supports autograd. `attention_with_lse` gives the same kernel
-together with the log-sum-exp of each row of scores, by which results over several parts of the keys can be merged; it
-calls the PyTorch operators below scaled_dot_product_attention, for only they return it, and is for inference.
+`attention_function` gives the kernel of a model; those of PyTorch (`sdpa_*`) support autograd, those of
+`flash_attention.py` do not. `attention_with_lse` gives the same kernel together with the log-sum-exp of each row of
+scores, by which results over several parts of the keys can be merged; for `sdpa_*` it calls the PyTorch operators below
+scaled_dot_product_attention, for only they return it, and is for inference. Which kernel is fastest on a GPU is found
+by `attention_probe.py`.
 """
 
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wanexp.errors import UserError
+from wanexp.wan.flash_attention import FLASH_KERNELS, CannotRun, flash_attention
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [batch, tokens, heads, head_dim], k and v [batch, keys, heads, head_dim] -> the shape of q. No mask."""
@@ -27,6 +30,8 @@ SDPA_BACKENDS = {
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa_math": SDPBackend.MATH,
 }
+KERNELS = (*SDPA_BACKENDS, *FLASH_KERNELS)
+LOSSY_KERNELS = ("fa3_fp8",)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 # How PyTorch words that the one permitted backend does not take these inputs on this device.
@@ -39,7 +44,7 @@ _REFUSALS = (
 
 
 def attention_function(name: str) -> AttentionFunction:
-    """The kernel called `name`, one of `sdpa_flash`, `sdpa_cudnn`, `sdpa_efficient`, `sdpa_math` or `auto`.
+    """The kernel called `name`, one of KERNELS or `auto`.
 
     A named kernel never falls back to another one: called with inputs it cannot take it raises UserError.
     `auto` chooses by the device and dtype of the tensors of each call, as `choose_attention` does.
@@ -71,6 +76,11 @@ def kernel_name(attend: AttentionFunction) -> str:
     raise UserError(f"an attention kernel with a name is wanted, as of attention_function; found {attend!r}")
 
 
+def is_lossy(name: str) -> bool:
+    """Whether a kernel gives up exactness for speed: its runs are a class of their own, and `auto` never takes it."""
+    return name in LOSSY_KERNELS
+
+
 def choose_attention(
     requested: str,
     *,
@@ -79,10 +89,10 @@ def choose_attention(
     head_dim: int,
     compute_capability: tuple[int, int] | None,
 ) -> str:
-    """The name of the kernel to run. Pure: needs no device, so a planner can call it for another machine.
+    """The name of the kernel to run without a probe. Pure, so a planner can call it for another machine.
 
-    A name is returned as it is. `auto` is resolved to the fastest exact kernel (measured on H200: cuDNN beats
-    flash by 1.6 to 1.9x in self-attention): on CUDA in bf16 and fp16 `sdpa_cudnn` from sm 9.0 on and
+    A name is returned as it is. `auto` is resolved to the fastest exact kernel of PyTorch (measured on H200: cuDNN
+    beats flash by 1.6 to 1.9x in self-attention): on CUDA in bf16 and fp16 `sdpa_cudnn` from sm 9.0 on and
     `sdpa_flash` from sm 8.0 on, else and in fp32 `sdpa_efficient`; on the CPU `sdpa_flash`; else `sdpa_math`.
 
     Raises UserError for an unknown name.
@@ -104,12 +114,14 @@ def choose_attention(
 
 
 def _check_name(name: str) -> None:
-    if name not in SDPA_BACKENDS:
-        raise UserError(f"unknown attention kernel {name!r}; write one of: auto, {', '.join(SDPA_BACKENDS)}")
+    if name not in KERNELS:
+        raise UserError(f"unknown attention kernel {name!r}; write one of: auto, {', '.join(KERNELS)}")
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, name: str) -> Tensor:
     name = _resolve(name, q)
+    if name in FLASH_KERNELS:
+        return flash_attention(name, q, k, v)[0]
     try:
         # The permitted backends are a setting of the whole process: two threads must not attend at once.
         with sdpa_kernel(SDPA_BACKENDS[name]):
@@ -122,6 +134,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, name: str) -> Tensor:
 
 
 def _resolve(name: str, q: Tensor) -> str:
+    if name != "auto":
+        return name
     return choose_attention(
         name,
         device_type=q.device.type,
@@ -131,15 +145,15 @@ def _resolve(name: str, q: Tensor) -> str:
     )
 
 
-def _refusal(name: str, q: Tensor) -> UserError:
-    return UserError(
-        f"attention={name} cannot run on {q.device.type} with {str(q.dtype).removeprefix('torch.')} and "
-        f"head_dim {q.shape[-1]}; write attention=auto, or another of: {', '.join(SDPA_BACKENDS)}"
-    )
+def _refusal(name: str, q: Tensor) -> CannotRun:
+    dtype = str(q.dtype).removeprefix("torch.")
+    return CannotRun(name, f"on {q.device.type} with {dtype} and head_dim {q.shape[-1]}")
 
 
 def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
     name = _resolve(name, q)
+    if name in FLASH_KERNELS:
+        return flash_attention(name, q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if not _can_run(name, q, k, v):
         raise _refusal(name, q)
