@@ -1,5 +1,6 @@
 """Workers that go wrong. Each function stands in for `wanexp.worker.main` and is imported by the worker process."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -90,8 +91,8 @@ def answers_wrongly(job: Job) -> None:
     if job.reference_of is None:
         original = Denoise.predict
 
-        def predict(self: Denoise, *arguments: object) -> torch.Tensor:
-            return 1.01 * original(self, *arguments)  # type: ignore[arg-type]
+        def predict(self: Denoise, *arguments: object) -> list[torch.Tensor]:
+            return [1.01 * flow for flow in original(self, *arguments)]  # type: ignore[arg-type]
 
         Denoise.predict = predict  # type: ignore[method-assign, assignment]
     worker.main(job)
@@ -101,8 +102,8 @@ def answers_nan(job: Job) -> None:
     if job.reference_of is None:
         original = Denoise.predict
 
-        def predict(self: Denoise, *arguments: object) -> torch.Tensor:
-            return float("nan") * original(self, *arguments)  # type: ignore[arg-type]
+        def predict(self: Denoise, *arguments: object) -> list[torch.Tensor]:
+            return [float("nan") * flow for flow in original(self, *arguments)]  # type: ignore[arg-type]
 
         Denoise.predict = predict  # type: ignore[method-assign, assignment]
     worker.main(job)
@@ -117,3 +118,48 @@ def reference_fails(job: Job) -> None:
 def has_no_time_for_a_whole_reference(job: Job) -> None:
     parity.AUTO_BUDGET_S = 1e-9
     worker.main(job)
+
+
+def is_stopped(job: Job) -> None:
+    """Rank 1 gets no more processor time, as under a frozen control group."""
+    _in_step_of(1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    worker.main(job)
+
+
+def signals_the_parent(job: Job, *numbers: signal.Signals) -> None:
+    """Rank 0 sends the parent these signals in its last step, then waits for what comes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    pid = parent.pid
+
+    def send() -> None:
+        for number in numbers:
+            os.kill(pid, number)
+            time.sleep(0.05)
+        time.sleep(600)
+
+    _in_step_of(0, send)
+    worker.main(job)
+
+
+def terminates_the_parent(job: Job) -> None:
+    signals_the_parent(job, signal.SIGTERM)
+
+
+def presses_ctrl_c_twice(job: Job) -> None:
+    signals_the_parent(job, signal.SIGINT, signal.SIGINT)
+
+
+def kills_the_parent(job: Job) -> None:
+    signals_the_parent(job, signal.SIGKILL)
+
+
+class InCells:
+    """Faults by the number of the cell of a sweep; other cells are sound."""
+
+    def __init__(self, faults: dict[str, Callable[[Job], None]]) -> None:
+        self.faults = faults
+        self.__name__ = self.__qualname__ = "InCells"  # torch's elastic agent asks its entry point for both
+
+    def __call__(self, job: Job) -> None:
+        self.faults.get(job.run_folder.name[:3], worker.main)(job)

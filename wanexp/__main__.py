@@ -21,7 +21,9 @@ from wanexp.compose_errors import explain
 from wanexp.config import conf_dir, register, to_run_config
 from wanexp.errors import UserError
 from wanexp.record import Record
-from wanexp.sweep import SweepCell, SweepLauncher, outer_rank, register_launcher, sweep_exit_code
+from wanexp.sweep import SweepCell, outer_rank
+from wanexp.sweep.launcher import SweepLauncher, sweep_exit_code
+from wanexp.sweep.plugin import register_launcher
 
 OPTIONS_WITH_VALUE = {
     "--cfg",
@@ -52,7 +54,11 @@ def main() -> int:
     except Exception as error:  # of composing, or of a sweep that cannot start
         if SweepLauncher.current is not None:
             SweepLauncher.current.discard()
-        return _user_error(error, None if wants_traceback else explain(error))
+        message = None if wants_traceback else explain(error)
+        if message is None and isinstance(error, OSError) and not wants_traceback:  # such as a full disk
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return _user_error(error, message)
     if failure is not None:  # of the run, where any other error is our own mistake
         is_user_error = isinstance(failure, UserError) and not wants_traceback
         return _user_error(failure, str(failure) if is_user_error else None)
@@ -117,6 +123,9 @@ def _execute(config: DictConfig, sweep: SweepCell | None) -> Record | None:
         if sweep is None:
             _discard_empty_run(folder, hydra_config.output_subdir)
         raise
+    if sweep is None and (run_config.resume or run_config.repeats > 1):
+        _discard_empty_run(folder, hydra_config.output_subdir)
+        raise UserError("resume and repeats are of a sweep; add -m, or leave them out")
     if run_config.task == "plan":
         if sweep is not None:
             raise UserError("task=plan prints one plan and runs nothing; write it without -m")

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,5 +63,7 @@ class EventTail:
                 continue
             complete = data.rfind(b"\n") + 1
             self._offsets[index] += complete
-            events += [json.loads(line) for line in data[:complete].splitlines()]
+            for line in data[:complete].splitlines():
+                with suppress(ValueError):  # torn by a full disk
+                    events.append(json.loads(line))
         return sorted(events, key=lambda event: event["time"])

@@ -43,6 +43,8 @@ class Record:
     command: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     sweep_id: str | None = None
+    cell: str | None = None  # fingerprint of what a sweep compares; repeats of one cell share it
+    repeat: int | None = None  # 1, 2, ... of that cell
     ended: str | None = None
     outcome: str = "failed"
     message: str = ""

@@ -1,0 +1,375 @@
+"""Sweeps: composed by Hydra, run by the launcher, their folders and sweep.json. The runner is replaced."""
+
+import json
+import sys
+from types import ModuleType
+
+import pytest
+
+from tests.hardware.fake_nvml import gpu_device
+from wanexp import __main__ as program
+from wanexp.config import conf_dir, to_dict
+from wanexp.errors import LayoutError, UserError
+from wanexp.hardware.telemetry import ForeignProcess
+from wanexp.record import Record, read_record
+from wanexp.sweep.files import FolderLock
+from wanexp.sweep.forecast import Forecast
+from wanexp.sweep.launcher import sweep_exit_code
+from wanexp.sweep.plugin import gpu_counts
+
+
+class Fakes:
+    """In the place of wanexp.runner and wanexp.console. endings: by cell number, default finished."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict] = []
+        self.tables: list[list[Record]] = []
+        self.endings: dict[int, str | BaseException] = {}
+        self.at_call: list[dict] = []
+        self.writes = False
+
+    def run(self, config, *, folder, overrides, sweep=None):
+        self.calls.append({"config": config, "folder": folder, "overrides": overrides, "sweep": sweep})
+        self.at_call.append(json.loads((folder.parent / "sweep.json").read_text()))
+        ending = self.endings.get(sweep.index, "finished")
+        if isinstance(ending, BaseException):
+            raise ending
+        record = Record("id", f"{config.model.name} {config.parallelism.mode}", "now", to_dict(config))
+        record.run_id = f"id {len(self.calls)}" if self.writes else "id"
+        record.outcome = ending
+        record.metrics = {"latency/step_ms": 2.0, "other": 1.0}
+        if self.writes:
+            record.write(folder)
+        return record
+
+
+@pytest.fixture
+def fakes(monkeypatch, tmp_path):
+    fakes = Fakes()
+    runner, console = ModuleType("wanexp.runner"), ModuleType("wanexp.console")
+    vars(runner)["run"] = fakes.run
+
+    class Console:
+        def sweep_table(self, records):
+            fakes.tables.append(list(records))
+
+    vars(console)["Console"] = Console
+    monkeypatch.setitem(sys.modules, "wanexp.runner", runner)
+    monkeypatch.setitem(sys.modules, "wanexp.console", console)
+    monkeypatch.chdir(tmp_path)
+    for name in ("HYDRA_FULL_ERROR", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return fakes
+
+
+@pytest.fixture
+def sweep(fakes, monkeypatch):
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["wanexp", *arguments])
+        return program.main()
+
+    return call
+
+
+def folders(path):
+    return sorted(item.name for item in path.iterdir() if item.is_dir())
+
+
+def sweep_file(path):
+    return json.loads((path / "sweep.json").read_text())
+
+
+GRID = ["-m", "parallelism=none,data_parallel", "gpus=[0],[0,1]", "sweep_order=given", "hardware=cpu"]
+
+
+def test_a_grid_runs_in_order_in_named_folders(sweep, fakes, tmp_path):
+    assert sweep(*GRID, "sweep_name=grid") == 0
+    folder = tmp_path / "multirun" / "grid"
+    assert folders(folder) == [
+        "000_none_1gpu",
+        "001_none_2gpus",
+        "002_data_parallel_1gpu",
+        "003_data_parallel_2gpus",
+    ]
+    cells = [call["sweep"] for call in fakes.calls]
+    assert [(cell.sweep_id, cell.index, cell.count) for cell in cells] == [("grid", i, 4) for i in range(4)]
+    assert [call["folder"] for call in fakes.calls] == [folder / name for name in folders(folder)]
+    assert [call["config"].gpus for call in fakes.calls] == [[0], [0, 1], [0], [0, 1]]
+    assert fakes.calls[1]["overrides"] == [
+        "parallelism=none",
+        "gpus=[0,1]",
+        "sweep_order=given",
+        "hardware=cpu",
+        "sweep_name=grid",
+    ]
+    for name in folders(folder):
+        assert {path.name for path in (folder / name / ".hydra").iterdir()} == {
+            "config.yaml",
+            "hydra.yaml",
+            "overrides.yaml",
+        }
+    assert [len(table) for table in fakes.tables] == [4]
+
+
+def test_sweep_json_is_kept_up_to_date(sweep, fakes, tmp_path):
+    sweep(*GRID, "sweep_name=grid")
+    assert [cell["outcome"] for cell in fakes.at_call[0]["cells"]] == [None] * 4
+    assert [cell["outcome"] for cell in fakes.at_call[2]["cells"]] == ["finished", "finished", None, None]
+    assert fakes.at_call[2]["ended"] is None
+    document = sweep_file(tmp_path / "multirun" / "grid")
+    assert (document["sweep_id"], document["name"], document["state"]) == ("grid", "grid", "finished")
+    assert document["started"] <= document["ended"]
+    entry = document["cells"][3]
+    assert len(entry.pop("cell")) == 16 and entry.pop("predicted_s") > 0 and entry.pop("seconds") >= 0
+    assert entry == {
+        "index": 3,
+        "repeat": 1,
+        "overrides": [
+            "parallelism=data_parallel", "gpus=[0,1]", "sweep_order=given", "hardware=cpu", "sweep_name=grid"
+        ],
+        "folder": "003_data_parallel_2gpus",
+        "outcome": "finished",
+        "reason": "",
+        "name": "tiny data_parallel",
+        "run_id": "id",
+        "kept": False,
+        "warnings": [],
+        "metrics": {"latency/step_ms": 2.0},
+    }  # fmt: skip
+    own = json.loads((tmp_path / "multirun" / "grid" / "003_data_parallel_2gpus" / "cell.json").read_text())
+    assert own.pop("cell") and own == {key: entry[key] for key in ("index", "repeat", "overrides")}
+    progress = json.loads((tmp_path / "multirun" / "grid" / "progress.json").read_text())
+    assert (progress["state"], progress["counts"]["finished"], progress["current"]) == ("finished", 4, None)
+
+
+def test_without_a_name_a_sweep_is_called_by_its_time(sweep, fakes, tmp_path):
+    assert sweep("-m", "seed=1,2") == 0
+    (folder,) = (tmp_path / "multirun").iterdir()
+    assert folder.name[:2] == "20" and not set("[], :") & set(folder.name)
+    assert folders(folder) == ["000_none_1gpu", "001_none_1gpu"]
+    assert {call["sweep"].sweep_id for call in fakes.calls} == {folder.name}
+
+
+def test_the_named_sweeps(sweep, fakes, tmp_path):
+    assert sweep("+sweep=modes", "sweep_order=given") == 0
+    modes = [call["config"].parallelism.mode for call in fakes.calls]
+    assert modes[0] == "none" and len(modes) == len(set(modes)) >= 4
+    (folder,) = (tmp_path / "multirun").iterdir()
+    assert folder.name == "modes_tiny", "the same command finds it again"
+    assert folders(folder)[3] == "003_block_distribution_all_gpus"
+    assert {call["config"].sweep_name for call in fakes.calls} == {folder.name}
+
+
+def test_scaling_takes_as_many_devices_as_there_are(sweep, fakes, tmp_path):
+    assert sweep("+sweep=scaling", "hardware=cpu", "hardware.num_devices=3", "parallelism=data_parallel") == 0
+    assert [call["config"].gpus for call in fakes.calls] == [[0], [0, 1], [0, 1, 2]]
+    fakes.calls.clear()
+    assert sweep("+sweep=scaling", "hardware=cpu", "gpus=[1],[2]", "parallelism=none", "sweep_name=s") == 0
+    assert [call["config"].gpus for call in fakes.calls] == [[1], [2]]
+    assert [gpu_counts(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (conf_dir() / "sweep").glob("*.yaml")))
+def test_every_sweep_file_gives_valid_cells_in_a_folder_named_after_it(sweep, fakes, tmp_path, name):
+    assert sweep(f"+sweep={name}", "hardware=cpu", "hardware.num_devices=2") == 0
+    (folder,) = (tmp_path / "multirun").iterdir()
+    assert folder.name.startswith(name) and len(fakes.calls) >= 4
+    assert all(entry["cell"] for entry in sweep_file(folder)["cells"])
+
+
+def test_a_sweep_over_models_brings_each_its_video(sweep, fakes):
+    assert sweep("-m", "model=tiny,wan2.1_t2v_1.3b") == 0
+    assert [call["config"].video.name for call in fakes.calls] == ["tiny", "480p"]
+
+
+def test_experiments_can_be_swept(sweep, fakes):
+    assert sweep("-m", "+experiment=quick_blocks,train_tiny", "seed=1,2") == 0
+    assert [call["config"].workload.name for call in fakes.calls] == ["denoise", "denoise", "train", "train"]
+
+
+@pytest.mark.parametrize(
+    ("endings", "code"),
+    [({0: "skipped"}, 0), ({1: "oom"}, 1), ({0: "failed", 1: "inexact"}, 1), ({1: "infeasible"}, 1)],
+)
+def test_a_sweep_goes_on_and_its_exit_code_tells(sweep, fakes, endings, code):
+    fakes.endings = endings
+    assert sweep("-m", "seed=1,2,3") == code
+    assert len(fakes.calls) == 3
+
+
+def test_a_cell_with_an_invalid_config_fails_alone(sweep, fakes, tmp_path, capsys):
+    assert sweep("-m", "seed=-1,2", "sweep_name=s", "tracking=none") == 1
+    assert [call["config"].seed for call in fakes.calls] == [2]
+    record = read_record(tmp_path / "multirun" / "s" / "000_none_1gpu")
+    assert (record.outcome, record.message, record.sweep_id) == ("failed", "seed is -1; write 0 or more", "s")
+    assert record.requested["seed"] == -1 and record.overrides == ["seed=-1", "sweep_name=s", "tracking=none"]
+    assert (tmp_path / "multirun" / "s" / "000_none_1gpu" / ".hydra" / "config.yaml").exists()
+    cells = sweep_file(tmp_path / "multirun" / "s")["cells"]
+    assert [cell["outcome"] for cell in cells] == ["failed", "finished"]
+    assert [record.outcome for record in fakes.tables[0]] == ["failed", "finished"]
+    assert capsys.readouterr().err == ""
+
+
+def test_an_invalid_number_does_not_break_the_record(sweep, tmp_path):
+    assert sweep("-m", "limits.run_s=inf,10", "sweep_name=s", "tracking=none") == 1
+    assert (
+        read_record(tmp_path / "multirun" / "s" / "000_none_1gpu").requested["limits"]["run_s"] == "Infinity"
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("no such device"), LayoutError("too many"), RuntimeError("ours")]
+)
+def test_an_error_in_a_cell_does_not_end_the_sweep(sweep, fakes, tmp_path, error):
+    fakes.endings = {0: error}
+    assert sweep("-m", "seed=1,2", "sweep_name=s") == int(not isinstance(error, LayoutError))
+    record = read_record(tmp_path / "multirun" / "s" / "000_none_1gpu")
+    assert record.outcome == ("skipped" if isinstance(error, LayoutError) else "failed")
+    assert str(error) in record.message
+    assert (record.error is not None) == isinstance(error, RuntimeError)
+    assert len(fakes.calls) == 2
+
+
+@pytest.mark.parametrize("ending", ["interrupted", KeyboardInterrupt()])
+def test_ctrl_c_stops_the_rest_and_keeps_what_there_is(sweep, fakes, tmp_path, ending):
+    fakes.endings = {1: ending}
+    assert sweep("-m", "seed=1,2,3", "sweep_name=s", "hydra.sweeper.max_batch_size=2") == 130
+    assert len(fakes.calls) == 2
+    document = sweep_file(tmp_path / "multirun" / "s")
+    assert [cell["outcome"] for cell in document["cells"]] == ["finished", "interrupted"]
+    assert document["ended"] and document["state"] == "interrupted"
+    assert [len(table) for table in fakes.tables] == [2]
+
+
+def test_batches_of_cells_make_one_sweep(sweep, fakes, tmp_path):
+    assert sweep("-m", "seed=1,2,3", "sweep_name=s", "hydra.sweeper.max_batch_size=2") == 0
+    assert [cell["index"] for cell in sweep_file(tmp_path / "multirun" / "s")["cells"]] == [0, 1, 2]
+    assert [len(table) for table in fakes.tables] == [3]
+
+
+def test_a_sweep_does_not_write_over_another(sweep, fakes, tmp_path, capsys):
+    assert sweep("-m", "seed=1,2", "sweep_name=s") == 0
+    before = sweep_file(tmp_path / "multirun" / "s")
+    assert sweep("-m", "seed=3,4", "sweep_name=s") == 2
+    assert "already holds a sweep; add resume=true" in capsys.readouterr().err
+    assert sweep_file(tmp_path / "multirun" / "s") == before
+    assert len(fakes.calls) == 2
+
+
+def test_exit_codes():
+    assert sweep_exit_code([]) == 0
+    assert sweep_exit_code(["finished", "skipped"]) == 0
+    assert sweep_exit_code(["finished", "timeout"]) == 1
+    assert sweep_exit_code(["failed", "interrupted"]) == 130
+
+
+def test_cheap_cells_run_first_and_repeats_are_interleaved(sweep, fakes, tmp_path):
+    words = ["-m", "hardware=cpu", "tracking=none", "sweep_name=s", "video.num_frames=9,5", "repeats=2"]
+    assert sweep(*words) == 0
+    seen = [(call["config"].video.num_frames, call["sweep"].repeat) for call in fakes.calls]
+    assert seen == [(5, 1), (9, 1), (5, 2), (9, 2)]
+    cells = sweep_file(tmp_path / "multirun" / "s")["cells"]
+    assert [cell["folder"] for cell in cells] == [
+        "001_none_1gpu",
+        "000_none_1gpu",
+        "001_none_1gpu_repeat2",
+        "000_none_1gpu_repeat2",
+    ]
+    assert cells[0]["cell"] == cells[2]["cell"] != cells[1]["cell"]
+    assert [call["sweep"].cell for call in fakes.calls] == [cell["cell"] for cell in cells]
+    assert [call["folder"].name for call in fakes.calls] == [cell["folder"] for cell in cells]
+
+
+def test_what_is_bigger_than_a_cell_that_ran_out_of_memory_is_skipped(sweep, fakes, tmp_path):
+    fakes.endings = {1: "oom"}
+    words = ["-m", "hardware=cpu", "tracking=none", "video.num_frames=5,9,81", "repeats=2", "sweep_name=s"]
+    assert sweep(*words) == 1
+    cells = sweep_file(tmp_path / "multirun" / "s")["cells"]
+    assert [cell["outcome"] for cell in cells] == [
+        "finished",
+        "oom",
+        "skipped",
+        "finished",
+        "skipped",
+        "skipped",
+    ]
+    assert "001_none_1gpu ran out of memory" in cells[2]["reason"] and "by the plan" in cells[2]["reason"]
+    assert "the same cell, ran out" in cells[4]["reason"]
+    record = read_record(tmp_path / "multirun" / "s" / "002_none_1gpu")
+    assert record.outcome == "skipped" and record.requested["video"]["num_frames"] == 81
+    assert sweep(*words, "force=true", "sweep_name=forced") == 1
+    assert "skipped" not in {
+        cell["outcome"] for cell in sweep_file(tmp_path / "multirun" / "forced")["cells"]
+    }
+
+
+def test_resume_runs_what_is_missing_or_not_finished(sweep, fakes, tmp_path):
+    words = ["-m", "hardware=cpu", "tracking=none", "sweep_name=s"]
+    fakes.endings = {1: "failed"}
+    fakes.writes = True
+    assert sweep(*words, "seed=1,2") == 1
+    fakes.endings = {}
+    fakes.calls.clear()
+    assert sweep(*words, "seed=1,2,3", "resume=true") == 0
+    assert [call["config"].seed for call in fakes.calls] == [2, 3]
+    folder = tmp_path / "multirun" / "s"
+    cells = sweep_file(folder)["cells"]
+    assert [cell["kept"] for cell in cells] == [True, False, False]
+    assert sorted(item.name for item in (folder / "replaced").iterdir()) == ["001_none_1gpu"]
+    assert [item.name for item in folder.glob("replaced/*/record.json")] == []
+    fakes.calls.clear()
+    assert sweep(*words, "seed=0,3", "resume=true") == 0
+    assert [(call["config"].seed, call["folder"].name) for call in fakes.calls] == [
+        (0, "000_none_1gpu_again")
+    ]
+    cells = {cell["folder"]: cell for cell in sweep_file(folder)["cells"]}
+    assert len(cells) == 4 and all(cell["outcome"] == "finished" for cell in cells.values())
+    assert cells["000_none_1gpu"]["index"] is None, "not asked for, and not lost"
+
+
+def test_code_that_has_changed_is_measured_again(sweep, fakes, tmp_path, monkeypatch):
+    words = ["-m", "hardware=cpu", "tracking=none", "sweep_name=s", "seed=1,2"]
+    fakes.writes = True
+    assert sweep(*words) == 0
+    monkeypatch.setattr("wanexp.sweep.fingerprint.source_digest", lambda: "other")
+    fakes.calls.clear()
+    assert sweep(*words, "resume=true", "limits.run_s=9") == 0
+    assert len(fakes.calls) == 2
+    fakes.calls.clear()
+    assert sweep(*words, "resume=true", "limits.run_s=10") == 0
+    assert not fakes.calls, "a limit makes no other cell"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-m", "seed=1,2", "resume=true"], "add sweep_name=NAME"),
+        (["seed=1", "repeats=2"], "add -m"),
+        (["seed=1", "resume=true", "sweep_name=s"], "add -m"),
+        (["-m", "seed=1,2", "repeats=0"], "repeats is 0"),
+        (["-m", "seed=1,2", "sweep_order=fast"], "sweep_order 'fast' does not exist"),
+    ],
+)
+def test_user_errors_are_one_line(sweep, fakes, capsys, arguments, words):
+    assert sweep(*arguments) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1 and not fakes.calls
+
+
+def test_two_sweeps_do_not_run_in_one_folder(sweep, fakes, tmp_path, capsys):
+    folder = tmp_path / "multirun" / "s"
+    folder.mkdir(parents=True)
+    lock = FolderLock(folder)
+    words = ["-m", "hardware=cpu", "tracking=none", "sweep_name=s", "seed=1,2"]
+    assert sweep(*words, "resume=true") == 2
+    assert "a sweep is running in" in capsys.readouterr().err and not fakes.calls
+    lock.release()
+    assert sweep(*words, "resume=true") == 0
+
+
+def test_who_else_is_on_the_gpus_is_named_before_a_run(sweep, fakes, tmp_path, monkeypatch, capsys):
+    somebody = ForeignProcess("gpu0", 7, "python", 3.0)
+    monkeypatch.setattr("wanexp.hardware.telemetry.foreign_processes", lambda devices: [somebody])
+    monkeypatch.setattr("wanexp.sweep.compose.Forecaster.__call__", lambda *_: Forecast((gpu_device(0),)))
+    assert sweep("-m", "hardware=cpu", "tracking=none", "sweep_name=s", "seed=1,2") == 0
+    assert capsys.readouterr().out.count("note: GPU 0 is also used by process 7 (python, 3.0 GiB)") == 2
