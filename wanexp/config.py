@@ -19,6 +19,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wanexp.errors import UserError
+from wanexp.offload.sizes import LINEARS
 from wanexp.wan.architecture import PATCH_SIZE, WanArchitecture
 
 MODES = (
@@ -39,7 +40,9 @@ VERIFY = ("auto", "always", "never")
 TASKS = ("run", "plan")
 OBJECTIVES = ("latency", "throughput", "memory")
 AUTO_MODE = "auto"  # the planner's choice; no layout has it
-ATTENTIONS = ("auto", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math")
+ATTENTIONS = ("auto", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math", "fa3", "fa4", "fa3_fp8")
+KERNELS = ("auto", "triton", "torch")
+LOAD_DEVICES = ("main_device", "offload_device")
 DEVICE_TYPES = ("auto", "cuda", "cpu")
 LINKS = ("nvlink", "pcie")
 SWEEP_ORDERS = ("cheap", "given")
@@ -148,8 +151,21 @@ class PrecisionConfig:
 
     name: str = MISSING
     dtype: str = MISSING  # of weights and matrix products: bfloat16, float16, float32
+    linear: str = (
+        "dtype"  # of the blocks: dtype, or lossy fp8 (products), fp8_weight, int8_weight (memory alone)
+    )
     residual_fp32: bool = False  # keep the residual stream in fp32 between blocks
     tolerance: float = MISSING
+
+
+@dataclass
+class OffloadConfig:
+    """What of the weights lives in host memory."""
+
+    name: str = MISSING
+    blocks: str = "0"  # how many blocks are swapped in for each use; auto: the fewest that let the run fit
+    buffers: int = 2  # blocks on each device that swapped blocks take turns in
+    load_device: str = "main_device"  # offload_device: the whole model is loaded to the host first
 
 
 @dataclass
@@ -180,6 +196,7 @@ class RunConfig:
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     task: str = "run"  # run, plan: print what every layout would need, and run nothing
@@ -188,7 +205,9 @@ class RunConfig:
     force: bool = False  # run although the plan says that it cannot fit
     checkpoint: str | None = None  # a safetensors file, index or folder; None: random weights
     gpus: list[int] | None = None  # torch device indices; None: one for mode none, all for the others
-    attention: str = "auto"  # auto, sdpa_flash, sdpa_cudnn, sdpa_efficient, sdpa_math
+    attention: str = "auto"  # auto (the fastest that is installed), sdpa_*, fa3, fa4, or lossy fa3_fp8
+    kernels: str = "auto"  # between the matrix products: auto, triton (fused), torch
+    ffn_chunks: int = 1  # runs of tokens that each FFN takes one after the other, to save memory
     seed: int = 0
     verify: str = "auto"  # auto, always, never: compare the answer with mode none
     profile: bool = False  # a torch profiler trace in a pass of its own
@@ -284,6 +303,9 @@ def _check(config: RunConfig) -> None:
         ("precision.dtype", config.precision.dtype, DTYPES),
         ("hardware.device_type", hardware.device_type, DEVICE_TYPES),
         ("attention", config.attention, ATTENTIONS),
+        ("kernels", config.kernels, KERNELS),
+        ("precision.linear", config.precision.linear, LINEARS),
+        ("offload.load_device", config.offload.load_device, LOAD_DEVICES),
         ("verify", config.verify, VERIFY),
         ("sweep_order", config.sweep_order, SWEEP_ORDERS),
     ):
@@ -350,6 +372,8 @@ def _check(config: RunConfig) -> None:
                 raise UserError(
                     f"gpus names device {index} {config.gpus.count(index)} times; write each once"
                 )
+    if config.offload.blocks != "auto" and not config.offload.blocks.isdecimal():
+        raise UserError(f"offload.blocks is '{config.offload.blocks}'; write a number of blocks, or auto")
     check_sweep_name(config.sweep_name)
     _check_model(model)
     _check_video(video, model)

@@ -17,6 +17,7 @@ class Job:
     its batch in, which the reference repeats so that the kernels see the same shapes.
     num_blocks: how many of the first blocks the reference compares; None for all.
     nodes: the ranks of each machine; None for one machine.
+    attention: the kernels of self- and cross-attention, of the run that a reference is compared with.
     """
 
     config: RunConfig
@@ -27,3 +28,4 @@ class Job:
     reference_of: tuple[int, ...] | None = None
     num_blocks: int | None = None
     nodes: tuple[tuple[int, ...], ...] | None = None
+    attention: tuple[str, str] | None = None

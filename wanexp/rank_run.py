@@ -4,15 +4,13 @@ check links -> load weights -> warm-up -> measure -> leave the answer for the pa
 """
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from wanexp.events import EventLog
 from wanexp.hardware.devices import Device
@@ -20,7 +18,6 @@ from wanexp.job import Job
 from wanexp.measure.environment import torch_environment
 from wanexp.measure.memory import (
     GIB,
-    anonymous_rss_bytes,
     owned_bytes_by_position,
     peak_rss_gib,
     read_peaks,
@@ -33,17 +30,13 @@ from wanexp.measure.parity import (
     write_answer,
 )
 from wanexp.measure.timing import Stopwatch
-from wanexp.parallel.agreement import check_agreement, fingerprint
 from wanexp.parallel.block_distribution import position_of
 from wanexp.parallel.data_parallel import gather_batch, scatter_batch
 from wanexp.parallel.groups import Groups, check_copies, check_links, open_layout_groups
-from wanexp.parallel.loading import Loader
-from wanexp.parallel.parallelize import ParallelModel, divide_weights, parallelize_wan
-from wanexp.parallel.shares import part_of_rank
-from wanexp.planning.plan import DTYPE_BYTES
-from wanexp.wan.attention import choose_attention
-from wanexp.wan.transformer import WanTransformer, first_blocks
-from wanexp.wan.weights import LoadReport, WeightSource, load_weights, local_tensor, open_weights
+from wanexp.parallel.parallelize import ParallelModel
+from wanexp.planning.plan import DTYPE_BYTES, is_lossy_run
+from wanexp.rank_load import Loaded, RankLoader
+from wanexp.wan.transformer import first_blocks
 from wanexp.workloads.denoise import Denoise
 from wanexp.workloads.samples import Samples, draw_samples, sample_shapes
 from wanexp.workloads.sizes import num_parity_forwards
@@ -68,21 +61,21 @@ class RankRun:
         self.events = events
         self.stopwatch = Stopwatch(devices)
         self.training = self.config.workload.name == "train"
-        self.verify = self.config.verify != "never" and (
-            self.plan.mode != "none" or self.config.verify == "always"
-        )
+        is_plain = self.plan.mode == "none" and not self.plan.swapped and not is_lossy_run(self.config)
+        self.verify = self.config.verify != "never" and (not is_plain or self.config.verify == "always")
         self.report: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
         groups = self.check_links()
-        models = self.load(groups)
+        loaded = self.load(groups)
+        models = loaded.models
         if self.job.reference_of is not None:
             return self.compare(models)
         workload = self.make_workload(models, self.local_samples())
         if self.training and self.verify:
             self.leave_gradients(workload)
         self.warm_up(workload)
-        self.measure(workload, models)
+        self.measure(workload, loaded)
         if self.verify:
             self.leave_flows(workload, models)
         if self.config.profile:
@@ -99,93 +92,12 @@ class RankRun:
         self.report["links"] = links
         return groups
 
-    def load(self, groups: Groups) -> list[ParallelModel]:
-        """The experts, each weight on the device that owns it, the layout applied."""
-        config = self.config
-        compute_dtype = getattr(torch, config.precision.dtype)
-        kernel = choose_attention(
-            config.attention,
-            device_type=self.plan.device_type,
-            dtype=compute_dtype,
-            head_dim=config.model.architecture.head_dim,
-            compute_capability=min(
-                (d.compute_capability for d in self.owned if d.compute_capability), default=None
-            ),
-        )
-        anonymous_before, begin = anonymous_rss_bytes(), time.perf_counter()
-        sources = open_weights(
-            config.checkpoint,
-            config.model.architecture,
-            num_experts=config.model.num_experts,
-            seed=config.seed,
-        )
-        if dist.is_initialized():
-            check_agreement(fingerprint(config, sources))
-        models, reports = [], []
-        for source in sources:
-            model = self.empty_model(torch.float32 if self.training else compute_dtype)
-            traffic = divide_weights(model, self.plan, groups, training=self.training)
-            reports.append(self.fill(model, source, groups))
-            model.set_attention(kernel)
-            model.gradient_checkpointing = self.training and config.workload.activation_checkpointing
-            model.train(self.training)
-            models.append(
-                parallelize_wan(
-                    model, self.plan, groups, devices=self.devices, training=self.training, traffic=traffic
-                )
-            )
+    def load(self, groups: Groups) -> Loaded:
+        """The experts, with this rank's part of the record."""
+        loaded = RankLoader(self.job, self.rank, self.owned, self.devices, groups, self.events).load()
         self.stopwatch.synchronize()
-        self.report["load"] = {
-            "seconds": time.perf_counter() - begin,
-            "num_bytes": sum(report.num_bytes for report in reports),
-            "bytes_read": sum(report.bytes_read for report in reports),
-            "bytes_received": sum(report.bytes_received for report in reports),
-            "anonymous_growth_bytes": max(0, anonymous_rss_bytes() - anonymous_before),
-        }
-        self.report["effective"] = {"attention": kernel, "weights": [source.describe() for source in sources]}
-        return models
-
-    def fill(self, model: WanTransformer, source: WeightSource, groups: Groups) -> LoadReport:
-        """Load the weights that this rank holds, together with the other ranks where there are any."""
-        layout, architecture = self.plan.layout, model.architecture
-        settings: dict[str, Any] = {
-            "device_of": lambda name: self.devices[self.position_of(name)],
-            "requires_grad": self.training,
-            "on_tensor": self.load_progress(model),
-        }
-        if layout.num_ranks == 1:
-            return load_weights(model, source, **settings)
-        loader = Loader(
-            architecture,
-            part_of=partial(part_of_rank, layout, architecture),
-            nodes=self.job.nodes or [range(layout.num_ranks)],
-            rank=self.rank,
-            home=self.devices[0],
-            known_groups=groups.all().values(),
-        )
-        return loader.load(model, source, **settings)
-
-    def empty_model(self, dtype: torch.dtype) -> WanTransformer:
-        """A transformer on the meta device, with fewer blocks where only the first are compared."""
-        architecture = self.config.model.architecture
-        if self.job.num_blocks is not None:
-            architecture = dataclasses.replace(architecture, num_layers=self.job.num_blocks)
-        residual = torch.float32 if self.config.precision.residual_fp32 else None
-        with torch.device("meta"):
-            return WanTransformer(architecture, dtype=dtype, residual=residual)
-
-    def position_of(self, name: str) -> int:
-        return position_of(name, self.plan.block_owner)
-
-    def load_progress(self, model: nn.Module) -> Callable[[str, int], None]:
-        total, done = sum(local_tensor(parameter).nbytes for parameter in model.parameters()), 0
-
-        def on_tensor(_name: str, num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            self.events.progress("load weights", done, total)
-
-        return on_tensor
+        self.report |= {"load": loaded.report, "effective": loaded.effective}
+        return loaded
 
     def make_workload(self, models: Sequence[ParallelModel], samples: Samples) -> Workload:
         if not self.training:
@@ -240,10 +152,10 @@ class RankRun:
         self.stopwatch.synchronize()
         self.report["warmup_s"] = time.perf_counter() - begin
 
-    def measure(self, workload: Workload, models: Sequence[ParallelModel]) -> None:
+    def measure(self, workload: Workload, loaded: Loaded) -> None:
         """The timed steps, and the peaks of memory over them."""
-        counters = [(axis, counter) for model in models for axis, counter in model.traffic.items()]
-        for _, counter in counters:
+        counters = [(axis, counter) for model in loaded.models for axis, counter in model.traffic.items()]
+        for counter in (*(counter for _, counter in counters), *loaded.swaps):
             counter.reset()
         reset_peaks(self.devices)
         self.stopwatch.restart()
@@ -255,7 +167,7 @@ class RankRun:
                 workload.step(index)
             self.events.emit("step", index=index, seconds=self.stopwatch.step_s[-1])
         self.events.progress("measure", total, total)
-        owned = self.owned_bytes(models, workload)
+        owned = self.owned_bytes(loaded, workload)
         sent: dict[str, float] = {}
         for axis, counter in counters:
             sent[axis] = sent.get(axis, 0) + counter.num_bytes / len(self.stopwatch.forward_s)
@@ -265,9 +177,14 @@ class RankRun:
             "forward_s": self.stopwatch.forward_s,
             "forwards_per_step": len(self.stopwatch.forward_s) / total,  # an expert may run without guidance
             "bytes_per_forward": sent,
+            "swap": {
+                "bytes_per_forward": sum(swap.num_bytes for swap in loaded.swaps)
+                / len(self.stopwatch.forward_s),
+                "stall_s": sum(swap.stall_s() for swap in loaded.swaps) / total,
+            },
             "losses": workload.losses if isinstance(workload, Train) else [],
             "memory": read_peaks(self.owned, self.devices, owned),
-            "weight_gib": [number / GIB for number in self.owned_bytes(models)],
+            "weight_gib": [number / GIB for number in self.owned_bytes(loaded)],
             "peak_rss_gib": peak_rss_gib(),
         }
         self.stopwatch.restart()
@@ -277,14 +194,19 @@ class RankRun:
             self.stopwatch.synchronize()
             self.report["gather_s"] = time.perf_counter() - gather_begin
 
-    def owned_bytes(self, models: Sequence[ParallelModel], workload: Workload | None = None) -> list[int]:
+    def owned_bytes(self, loaded: Loaded, workload: Workload | None = None) -> list[int]:
         """Bytes of weights (with a workload: of gradients and optimiser state too) on each device of this rank."""
-        return owned_bytes_by_position(
-            [model.bare for model in models],
-            self.position_of,
+        owned = owned_bytes_by_position(
+            [model.bare for model in loaded.models],
+            lambda name: position_of(name, self.plan.block_owner),
             len(self.devices),
             optimizer=workload.optimizer if isinstance(workload, Train) else None,
+            is_swapped=lambda name: any(swap.into(name) is not None for swap in loaded.swaps),
         )
+        return [
+            num_bytes + sum(swap.buffer_bytes(device) for swap in loaded.swaps)
+            for num_bytes, device in zip(owned, self.devices, strict=True)
+        ]
 
     def leave_gradients(self, workload: Workload) -> None:
         """Training's answer: gradients before any weight has changed, averaged over the ranks."""

@@ -25,7 +25,7 @@ from wanexp.job import Job
 from wanexp.measure.environment import host_environment
 from wanexp.measure.results import latency_metrics, run_metrics, step_seconds
 from wanexp.measure.statistics import noise_warning, summarise_samples
-from wanexp.planning.plan import Plan, reference_plan
+from wanexp.planning.plan import Plan, is_lossy_run, reference_plan
 from wanexp.planning.planner import cap_memory
 from wanexp.planning.preflight import Preflight, preflight
 from wanexp.record import Record
@@ -53,6 +53,8 @@ def run(
         command=["python", "-m", "wanexp", *overrides],
         overrides=list(overrides),
         sweep_id=sweep.sweep_id if sweep else None,
+        cell=sweep.cell if sweep else None,
+        repeat=sweep.repeat if sweep else None,
     )
     if outer_rank():  # under an outer torchrun rank 0 alone owns the folder, the record and MLflow
         return follow_rank_zero(config, record)
@@ -233,8 +235,15 @@ def compare_with_reference(record: Record, job: Job, num_blocks: int, progress: 
     """Launch mode none on the first device, and put its distance to the run's answer into the record."""
     config, plan = job.config, job.plan
     total = config.model.architecture.num_layers
+    exact = dataclasses.replace(
+        config,
+        precision=dataclasses.replace(config.precision, linear="dtype"),
+        offload=dataclasses.replace(config.offload, blocks="0", load_device="main_device"),
+    )
     reference = dataclasses.replace(
         job,
+        config=exact,
+        attention=exact_kernels(record.effective),
         plan=reference_plan(plan, num_blocks),
         folder=job.run_folder / "reference",
         reference_of=plan.forward_batches,
@@ -262,11 +271,17 @@ def compare_with_reference(record: Record, job: Job, num_blocks: int, progress: 
             f"the {what} differs from mode none by {parity['rel_l2']:.2g} relative L2; "
             f"{config.precision.name} allows {config.precision.tolerance:g}"
         )
-    elif plan.must_be_bit_equal(config.workload.name) and not parity["bit_equal"]:
+    elif plan.must_be_bit_equal(config) and not parity["bit_equal"]:
         record.warnings.append(
             "the answer is within tolerance of mode none but not bit-equal, as it should be here"
         )
     (job.run_folder / "parity.safetensors").unlink(missing_ok=True)
+
+
+def exact_kernels(effective: Mapping[str, Any]) -> tuple[str, str]:
+    """The attention kernels of a run, for its reference; of a lossy one the exact twin."""
+    own, cross = effective["attention"], effective["cross_attention"]
+    return own.removesuffix("_fp8"), cross.removesuffix("_fp8")
 
 
 def leave_out_what_is_not_finite(record: Record) -> None:
@@ -294,6 +309,7 @@ def effective_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "layout": plan.layout.degrees(),
         "attention": None,
         "precision": config.precision.name,
+        "is_lossy": is_lossy_run(config),
         "residual": "float32" if config.precision.residual_fp32 else config.precision.dtype,
         "device_type": plan.device_type,
         "devices": [{"label": device.label, **dataclasses.asdict(device)} for device in plan.devices],

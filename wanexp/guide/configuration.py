@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from wanexp.config import RunConfig, conf_dir, did_you_mean, register, to_run_config, unknown_choice_message
+from wanexp.config import (
+    LOAD_DEVICES,
+    RunConfig,
+    conf_dir,
+    did_you_mean,
+    register,
+    to_run_config,
+    unknown_choice_message,
+)
 from wanexp.errors import UserError
 from wanexp.wan.architecture import WanArchitecture
 
@@ -25,7 +33,6 @@ GUIDE_KEYS = (
     "gpu_ids",
     "enable_block_distribution",
 )
-LOAD_DEVICES = ("main_device", "offload_device")
 # Sizes as file names give them, for a checkpoint that is not there to be asked: the latest match wins
 NAMED_SIZES = (
     (r"14b", "wan2.1_t2v_14b"),
@@ -62,11 +69,8 @@ def config_from_guide(settings: Mapping[str, Any]) -> list[str]:
     load_device = settings.get("load_device", LOAD_DEVICES[0])
     if load_device not in LOAD_DEVICES:
         raise UserError(unknown_choice_message("load_device", load_device, LOAD_DEVICES))
-    if load_device == "offload_device":
-        raise UserError(
-            "load_device 'offload_device' needs block swap, which this version does not have; write 'main_device': "
-            "every weight is loaded straight onto the GPU that owns it"
-        )
+    if load_device != LOAD_DEVICES[0]:
+        overrides.append(f"offload.load_device={load_device}")
     gpu_ids = _gpu_ids(settings["gpu_ids"]) if "gpu_ids" in settings else None
     mode = _mode(settings, gpu_ids)
     if mode is not None:

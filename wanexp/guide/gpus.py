@@ -22,6 +22,9 @@ KERNEL_NEEDS: dict[str, Capability] = {
     "sdpa_cudnn": (8, 0),
     "sdpa_efficient": (5, 0),
     "sdpa_math": (5, 0),
+    "fa3": (9, 0),
+    "fa3_fp8": (9, 0),
+    "fa4": (8, 0),
 }
 HEAD_DIM = 128  # of every published Wan model
 
@@ -96,7 +99,11 @@ def _capability_problems(device: Device, precision: str, attention: str) -> list
             f"write one of: {', '.join(able) or 'nothing, it is too old'}"
         )
     kernel = _kernel(attention, precision, capability)
-    if capability < KERNEL_NEEDS[kernel]:
+    if kernel.startswith("fa3") and capability[0] != 9:
+        problems.append(
+            f"{device.label} ({device.name}{_sm(device)}): {kernel} is made for sm_90 alone; write attention=auto"
+        )
+    elif capability < KERNEL_NEEDS[kernel]:
         chosen = f"{kernel} (attention=auto)" if attention == "auto" else kernel
         problems.append(
             f"{device.label} ({device.name}{_sm(device)}): {chosen} needs sm_{_number(KERNEL_NEEDS[kernel])}; "

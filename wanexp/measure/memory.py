@@ -61,12 +61,19 @@ def owned_bytes_by_position(
     models: Iterable[nn.Module],
     position_of: Callable[[str], int],
     num_positions: int,
+    *,
     optimizer: torch.optim.Optimizer | None = None,
+    is_swapped: Callable[[str], bool] = lambda _: False,
 ) -> list[int]:
-    """Bytes of weights, gradients and optimiser state at each position; names as in the bare transformer."""
+    """Bytes of weights, gradients and optimiser state at each position; names as in the bare transformer.
+
+    Weights that `is_swapped` live on the host and count nowhere.
+    """
     owned = [0] * num_positions
     for model in models:
-        for name, parameter in model.named_parameters():
+        for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+            if is_swapped(name):
+                continue
             tensors: list[Any] = [parameter, parameter.grad]
             if optimizer is not None:
                 tensors += optimizer.state.get(parameter, {}).values()

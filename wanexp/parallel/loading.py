@@ -95,7 +95,8 @@ def open_groups(
 class SharedWeights:
     """A source of which this rank reads its share and gets from the other ranks of the node what they read for it.
 
-    All ranks must read their tensors in the same order, and call `finish` before they use what they read.
+    All ranks must read their tensors in the same order, and call `finish` before they use what they read, but for what
+    is `needed_at_once`: the names of tensors that loading goes on to quantise or to copy.
     """
 
     def __init__(
@@ -106,8 +107,10 @@ class SharedWeights:
         *,
         rank: int,
         home: torch.device,
+        needed_at_once: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.source = source
+        self.needed_at_once = needed_at_once
         self.holdings = holdings
         self.groups = groups
         self.rank = rank
@@ -127,6 +130,9 @@ class SharedWeights:
     def part_of(self, name: str, shape: tuple[int, ...]) -> Part:
         """What this rank holds of a tensor."""
         return self.holdings[name].part if name in self.holdings else Part(0, 0, 0)
+
+    def fp8_scale(self, name: str) -> float | None:
+        return self.source.fp8_scale(name)
 
     def stored_bytes(self, name: str, part: Part | None = None) -> int:
         """Bytes that this rank reads from files for it."""
@@ -153,6 +159,8 @@ class SharedWeights:
         if torch.device(device) != self.home:
             self._wait()
             return tensor.to(device)
+        if self.needed_at_once(name):
+            self._wait()  # on GPUs the stream waits, not the host
         if self._bytes_under_way > _WINDOW_BYTES:
             self.finish()
         return tensor
@@ -206,10 +214,21 @@ class Loader:
         dtype: torch.dtype | None = None,
         requires_grad: bool = False,
         on_tensor: Callable[[str, int], None] | None = None,
+        into: Callable[[str], Tensor | None] | None = None,
     ) -> LoadReport:
         """As `load_weights`, of a model that has been cut to what `part_of` says."""
         begin = time.perf_counter()
-        shared = SharedWeights(source, self.holdings, self.groups, rank=self.rank, home=self.home)
+        own_readers = {
+            f"{path}.weight" for path, module in model.named_modules() if hasattr(module, "read_weight")
+        }
+        shared = SharedWeights(
+            source,
+            self.holdings,
+            self.groups,
+            rank=self.rank,
+            home=self.home,
+            needed_at_once=lambda name: name in own_readers or (into is not None and into(name) is not None),
+        )
         report = load_weights(
             model,
             shared,
@@ -218,6 +237,7 @@ class Loader:
             requires_grad=requires_grad,
             on_tensor=on_tensor,
             part_of=shared.part_of,
+            into=into,
         )
         shared.finish()
         return replace(report, seconds=time.perf_counter() - begin, bytes_received=shared.bytes_received)

@@ -25,15 +25,14 @@ class ForwardArguments:
         """The same forward for one sample at a time: views."""
         if len(self.latent) == 1:
             return [self]
-        return [
-            ForwardArguments(
-                **{
-                    name: value if value is None else value[index : index + 1]
-                    for name, value in vars(self).items()
-                }
-            )
-            for index in range(len(self.latent))
-        ]
+
+        def one(index: int) -> ForwardArguments:
+            parts = {
+                name: value[index : index + 1] for name, value in vars(self).items() if value is not None
+            }
+            return ForwardArguments(**parts)
+
+        return [one(index) for index in range(len(self.latent))]
 
 
 Forwards = Callable[[Sequence[ForwardArguments]], list[Tensor]]

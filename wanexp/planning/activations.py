@@ -8,7 +8,7 @@ moments that can be the worst are
     FFN, at the GELU:         hidden + x + normed + 2 F                        3 U + 2 F    (14B: 8.4 U, the worst)
     norm2, rounding its end:  hidden + x + old normed + 2 W + new normed       4 U + 2 W    (8 U in 16 bits; 1.3B: FFN)
     RoPE of k:                hidden + normed + q + k + U / 2 + 3 W / 2        4.5 U + 1.5 W       (7.5 U)
-    self-attention's end:     hidden + normed + q + k + v + attended + o       7 U
+    self-attention:           hidden + normed + q + k + v + attended           6 U
 
 hidden: the caller's reference to the block's input. Kernel internals (split-K workspace, attention statistics) are not
 in here.
@@ -188,8 +188,9 @@ def self_attention(heap: Heap, s: Sizes, materialises_scores: bool) -> int:
         scores = [heap.new(4 * s.batch * s.arch.num_heads * s.tokens**2) for _ in range(2)]
         heap.free(*scores)
     attended = heap.new(s.hidden)
+    heap.free(q, k, v)
     out = heap.new(s.hidden)
-    heap.free(attended, q, k, v)
+    heap.free(attended)
     return out
 
 
@@ -208,8 +209,9 @@ def cross_attention(heap: Heap, s: Sizes) -> int:
         k, both = image_k, heap.new(s.hidden)
         heap.free(image, attended)
         attended = both
+    heap.free(q, k)
     out = heap.new(s.hidden)
-    heap.free(attended, q, k)
+    heap.free(attended)
     return out
 
 

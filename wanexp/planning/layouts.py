@@ -1,5 +1,6 @@
 """The layouts that a planner weighs on given devices, and how each is named and asked for. Pure."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from itertools import product
 
@@ -32,7 +33,7 @@ PRESETS = {
 
 
 def layouts(devices: Sequence[Device]) -> Iterator[tuple[ParallelismConfig, tuple[Device, ...]]]:
-    """Every mode, then every other product of degrees, on 1, 2, 4, ... and all devices, those with most memory first."""
+    """Every mode, then every other product of degrees, on 1, 2, 4, ... and all devices: those with most memory."""
     by_memory = sorted(devices, key=lambda device: -device.free_bytes)
     yield ParallelismConfig(mode="none"), tuple(by_memory[:1])
     counts = sorted({len(devices), *(2**power for power in range(1, 8) if 2**power <= len(devices))} - {1})
@@ -83,7 +84,8 @@ def mode_of(layout: Layout) -> str:
 
 
 def _parallelism(layout: Layout, placement: str = "contiguous") -> ParallelismConfig:
-    return ParallelismConfig(mode=mode_of(layout), block_placement=placement, **layout.degrees())
+    parallelism = ParallelismConfig(mode=mode_of(layout), block_placement=placement)
+    return dataclasses.replace(parallelism, **layout.degrees())  # type: ignore[arg-type]
 
 
 def layout_of(parallelism: ParallelismConfig) -> Layout:
@@ -95,8 +97,8 @@ def layout_name(parallelism: ParallelismConfig, num_gpus: int) -> str:
     """Such as `block_distribution x 4, interleaved` or `hybrid x 4, cfg=2 x ulysses=2`."""
     mode, words = parallelism.mode, []
     axes = {name: degree for name, degree in layout_of(parallelism).degrees().items() if degree > 1}
-    is_plain = (
-        len(axes) == 1 and mode != "context_parallel" or mode == "fsdp" and parallelism.shard == num_gpus
+    is_plain = (len(axes) == 1 and mode != "context_parallel") or (
+        mode == "fsdp" and parallelism.shard == num_gpus
     )
     if axes and not is_plain:
         words.append(" x ".join(f"{name}={degree}" for name, degree in axes.items()))

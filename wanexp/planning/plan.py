@@ -1,12 +1,13 @@
 """The plan of one run: which rank owns which devices, samples and blocks. Pure: no torch, no file, no device."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wanexp.config import RunConfig
 from wanexp.errors import LayoutError, UserError
 from wanexp.hardware.devices import Device
+from wanexp.offload.sizes import tensor_bytes
+from wanexp.offload.swap_plan import swapped_blocks, swapped_per_device
 from wanexp.parallel.layout import INFERENCE_AXES, Layout, place_blocks, resolve_layout, split_evenly
 from wanexp.parallel.pipeline import place_chunks
 from wanexp.parallel.shares import (
@@ -18,6 +19,7 @@ from wanexp.parallel.shares import (
 from wanexp.workloads.sizes import guidance_of, num_tokens
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+LOSSY_ATTENTIONS = ("fa3_fp8",)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Plan:
     block_owner: for each transformer block the position of its device within the rank's own devices.
     weight_bytes: weights on each device of `devices`, in their storage precision.
     is_pipelined: the devices of a rank work at the same time, on forwards of one sample each.
+    swapped: the blocks whose home is the host, on every rank.
     """
 
     mode: str
@@ -47,6 +50,7 @@ class Plan:
     block_owner: tuple[int, ...]
     weight_bytes: tuple[int, ...]
     is_pipelined: bool = False
+    swapped: tuple[int, ...] = ()
 
     @property
     def device_type(self) -> str:
@@ -67,10 +71,16 @@ class Plan:
         """The batches that the samples go through the model in, which a reference must use too."""
         return (1,) * self.batch_size if self.is_pipelined else self.replica_shares
 
-    def must_be_bit_equal(self, workload: str) -> bool:
+    def must_be_bit_equal(self, config: RunConfig) -> bool:
         """Whether the answer must equal mode none's to the bit: the same kernels on the same local batch."""
         layout = self.layout
-        return workload == "denoise" and layout.ring == layout.ulysses == layout.tp == 1
+        is_exact = config.workload.name == "denoise" and not is_lossy_run(config)
+        return is_exact and layout.ring == layout.ulysses == layout.tp == 1
+
+
+def is_lossy_run(config: RunConfig) -> bool:
+    """Whether numbers of 8 bits stand in for wider ones: a class of its own beside the exact runs."""
+    return config.precision.linear != "dtype" or config.attention in LOSSY_ATTENTIONS
 
 
 def make_plan(config: RunConfig, devices: Sequence[Device]) -> Plan:
@@ -88,6 +98,7 @@ def make_plan(config: RunConfig, devices: Sequence[Device]) -> Plan:
             f"write workload.batch_size={layout.dp} or more, or fewer GPUs"
         )
     _check_workload(config, layout, batch_size)
+    _check_offload(config, layout)
     architecture = config.model.architecture
     check_tensor_parallel(architecture, layout.tp)
     check_context_parallel(
@@ -97,6 +108,7 @@ def make_plan(config: RunConfig, devices: Sequence[Device]) -> Plan:
         ring=layout.ring,
     )
     block_owner = _place_blocks(config, layout, devices)
+    swapped = _swapped_blocks(config, block_owner)
     ranks = []
     shares = split_evenly(batch_size, layout.dp)
     for rank in range(layout.num_ranks):
@@ -110,8 +122,9 @@ def make_plan(config: RunConfig, devices: Sequence[Device]) -> Plan:
         ranks=tuple(ranks),
         batch_size=batch_size,
         block_owner=block_owner,
-        weight_bytes=_weight_bytes(config, layout, ranks, block_owner, len(devices)),
+        weight_bytes=_weight_bytes(config, layout, ranks, block_owner, swapped, len(devices)),
         is_pipelined=layout.blocks > 1 and config.parallelism.pipeline and config.workload.name == "denoise",
+        swapped=swapped,
     )
 
 
@@ -141,14 +154,50 @@ def _check_workload(config: RunConfig, layout: Layout, batch_size: int) -> None:
             )
     if layout.dp > 1 and layout.shard == 1 and config.parallelism.mode not in ("distributed", "fsdp"):
         raise LayoutError(
-            f"workload=train with dp={layout.dp} needs synchronised gradients, which {config.parallelism.mode} has only "
-            "with shard; write parallelism=distributed or parallelism=fsdp"
+            f"workload=train with dp={layout.dp} needs synchronised gradients, which {config.parallelism.mode} has "
+            "with shard only; write parallelism=distributed or parallelism=fsdp"
         )
     if batch_size % layout.dp:
         raise LayoutError(
             f"workload.batch_size {batch_size} is not a multiple of the {layout.dp} training replicas, whose "
             f"gradients are averaged with equal weight; write a multiple of {layout.dp}"
         )
+
+
+def _check_offload(config: RunConfig, layout: Layout) -> None:
+    """Raise LayoutError for weights on the host or in 8 bits where the layout or the workload cannot have them."""
+    swaps, quantizes = config.offload.blocks != "0", config.precision.linear != "dtype"
+    refusals = (
+        (
+            swaps and layout.shard > 1,
+            f"block swap with shard={layout.shard} is refused: both decide where a block's weights are; write one of "
+            "the two",
+        ),
+        (
+            swaps and config.workload.name == "train",
+            "block swap is for inference, as swapped weights are only read; write offload=none, or parallelism=fsdp",
+        ),
+        (
+            quantizes and config.workload.name == "train",
+            f"precision.linear={config.precision.linear} is for inference, as 8-bit weights have no gradients; write "
+            "precision=bf16",
+        ),
+        (
+            quantizes and layout.shard > 1,
+            f"precision.linear={config.precision.linear} with shard={layout.shard} is refused: shards are gathered in "
+            "one dtype; write precision=bf16, or another parallelism",
+        ),
+    )
+    for refused, reason in refusals:
+        if refused:
+            raise LayoutError(reason)
+
+
+def _swapped_blocks(config: RunConfig, block_owner: Sequence[int]) -> tuple[int, ...]:
+    """The blocks that `offload.blocks` swaps; `auto`, which the planner settles, swaps none yet."""
+    if config.offload.blocks in ("0", "auto"):
+        return ()
+    return swapped_blocks(block_owner, swapped_per_device(block_owner, int(config.offload.blocks)))
 
 
 def _place_blocks(config: RunConfig, layout: Layout, devices: Sequence[Device]) -> tuple[int, ...]:
@@ -174,18 +223,29 @@ def _weight_bytes(
     layout: Layout,
     ranks: Sequence[RankPlan],
     block_owner: Sequence[int],
+    swapped: Sequence[int],
     num_devices: int,
 ) -> tuple[int, ...]:
-    """Bytes of weights on each device: its blocks; embeddings with the first block, the head with the last."""
+    """Bytes of weights on each device: its blocks; embeddings with the first block, the head with the last.
+
+    Of swapped blocks only the buffers count that they take turns in.
+    """
     architecture = config.model.architecture
     training = config.workload.name == "train"  # fp32 master weights
-    element = DTYPE_BYTES["float32" if training else config.precision.dtype] * config.model.num_experts
+    element, num_experts = (
+        DTYPE_BYTES["float32" if training else config.precision.dtype],
+        config.model.num_experts,
+    )
 
     def held(rank: int, shapes: dict[str, tuple[int, ...]], prefix: str = "") -> int:
-        """Bytes that `rank` has of these tensors."""
-        return element * sum(
-            math.prod(part_of_rank(layout, architecture, rank, prefix + name, shape).shape_in(shape))
+        """Bytes that `rank` has of these tensors, of all experts."""
+        parts = {
+            prefix + name: part_of_rank(layout, architecture, rank, prefix + name, shape).shape_in(shape)
             for name, shape in shapes.items()
+        }
+        return num_experts * sum(
+            tensor_bytes(name, shape, linear=config.precision.linear, element_bytes=element)
+            for name, shape in parts.items()
         )
 
     outer = architecture.outer_shapes()
@@ -194,8 +254,10 @@ def _weight_bytes(
     weights = [0] * num_devices
     for rank in ranks:
         block_bytes = held(rank.rank, architecture.block_shapes(), "blocks.0.")
-        for owner in block_owner:
-            weights[rank.devices[owner]] += block_bytes
+        for position, device in enumerate(rank.devices):
+            own = [index for index, owner in enumerate(block_owner) if owner == position]
+            away = sum(index in swapped for index in own)
+            weights[device] += (len(own) - away + min(away, config.offload.buffers)) * block_bytes
         weights[rank.devices[block_owner[0]]] += held(rank.rank, embeddings)
         weights[rank.devices[block_owner[-1]]] += held(rank.rank, head)
     return tuple(weights)

@@ -147,9 +147,30 @@ def judge(
         plan = make_plan(asked, devices)
     except LayoutError as error:
         return Candidate(parallelism, tuple(devices), rejection=str(error))
-    memory = predict_memory(asked, plan, context_bytes=context_bytes(config.hardware, profiles))
+    context = context_bytes(config.hardware, profiles)
+    memory = predict_memory(asked, plan, context_bytes=context)
+    if config.offload.blocks == "auto":
+        plan, memory = _with_least_swap(asked, plan, memory, devices, context)
     time = predict_time(asked, plan, profiles)
     return Candidate(parallelism, tuple(devices), shortage(devices, memory), plan, memory, time)
+
+
+def _with_least_swap(
+    config: RunConfig,
+    plan: Plan,
+    memory: tuple[DeviceMemory, ...],
+    devices: Sequence[Device],
+    context: int | None,
+) -> tuple[Plan, tuple[DeviceMemory, ...]]:
+    """The plan that swaps the fewest blocks with which it fits; with all of them where it never does."""
+    for number in range(1, len(plan.block_owner) + 1):
+        if not shortage(devices, memory):
+            break
+        offload = dataclasses.replace(config.offload, blocks=str(number))
+        swapping = dataclasses.replace(config, offload=offload)
+        plan = make_plan(swapping, devices)
+        memory = predict_memory(swapping, plan, context_bytes=context)
+    return plan, memory
 
 
 def context_bytes(hardware: HardwareConfig, profiles: Profiles) -> int | None:

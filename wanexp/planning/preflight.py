@@ -84,6 +84,10 @@ def preflight(
         chosen = judge(config, config.parallelism, devices, [profile_of(device) for device in devices])
         if chosen.plan is None:
             raise LayoutError(chosen.rejection)
+    assert chosen.plan is not None
+    if config.offload.blocks == "auto":
+        offload = dataclasses.replace(config.offload, blocks=str(len(chosen.plan.swapped)))
+        config = dataclasses.replace(config, offload=offload)
     advice = ""
     if chosen.rejection and not config.force:
         advice = nearest_that_fits(config, found, [profile_of(device) for device in found])

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 
 from wanexp.config import DeviceProfile, RunConfig
 from wanexp.hardware.devices import Device
+from wanexp.offload.sizes import block_bytes
+from wanexp.offload.swap_plan import swapped_forward_s
 from wanexp.parallel.layout import Layout
 from wanexp.parallel.pipeline import pipeline_time, stages_of
 from wanexp.parallel.traffic import ring_factor
 from wanexp.planning.activations import Sizes
 from wanexp.planning.memory import sizes_of
-from wanexp.planning.plan import Plan, RankPlan
+from wanexp.planning.plan import DTYPE_BYTES, Plan, RankPlan
 from wanexp.workloads.sizes import forwards_per_step
 
 # Achieved share of the datasheet's peak, as scripts/calibrate.py found it on H200 on 2026-11-22 (eager, bf16): GEMM 692
@@ -32,6 +34,7 @@ FRACTIONS = {
     "elementwise": 0.53,
     "p2p": 0.85,
     "staged": 0.4,
+    "host": 0.85,  # 55.5 of 64 GB/s of PCIe 5, pinned
     "fp32_attention": 0.5,
 }
 BLOCK_KERNELS = 62  # launches in one block's forward, counted in transformer.py
@@ -43,7 +46,13 @@ FSDP_COPY_FACTOR = (
 HIDDEN_SHARE = 0.9  # of the backward pass, during which DDP's all-reduce can run
 ADAMW_BYTES = 80  # read and written per weight by torch's foreach AdamW: 8 fp32 kernels
 # Where nothing is known of a device: ratios of a generic GPU, good for ranking and never shown
-GENERIC = {"bf16_tflops": 100.0, "fp32_tflops": 20.0, "memory_bandwidth_gb_s": 1000.0, "link_gb_s": 32.0}
+GENERIC = {
+    "bf16_tflops": 100.0,
+    "fp32_tflops": 20.0,
+    "memory_bandwidth_gb_s": 1000.0,
+    "link_gb_s": 32.0,
+    "host_link_gb_s": 25.0,
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Rates:
     elementwise: float
     memory: float
     link: float
+    host: float
     latency_s: float
     launch_s: float
     is_known: bool
@@ -95,6 +105,7 @@ def rates_of(profile: DeviceProfile | None, dtype: str, *, has_p2p: bool = True)
         elementwise=(measured[2] or bandwidth * FRACTIONS["elementwise"]) * 1e9,
         memory=bandwidth * 0.85e9,
         link=link * 1e9,
+        host=(pick("host_link_gb_s") or GENERIC["host_link_gb_s"]) * FRACTIONS["host"] * 1e9,
         latency_s=(pick("p2p_latency_us") or LATENCY_US) * 1e-6,
         launch_s=(pick("launch_us") or LAUNCH_US) * 1e-6,
         is_known=is_known,
@@ -207,8 +218,27 @@ def _rank_step(config: RunConfig, plan: Plan, rank: RankPlan, rates: Sequence[Ra
         seam_s = sizes.stream / slowest + max(rate.latency_s for rate in owned)
     seams_s = seam_s * (len(stages) - 1)
     if plan.is_pipelined:
-        return pipeline_time(stage_s, [stage.position for stage in stages], num_forwards, seam_s), seams_s
-    return num_forwards * (sum(stage_s) + seams_s), seams_s
+        step_s = pipeline_time(stage_s, [stage.position for stage in stages], num_forwards, seam_s)
+    else:
+        step_s = num_forwards * (sum(stage_s) + seams_s)
+    for position, rate in enumerate(owned):  # swapped blocks are copied beside the computing
+        away = sum(plan.block_owner[index] == position for index in plan.swapped)
+        swapped_s = swapped_forward_s(
+            step_s,
+            num_swapped=num_forwards * away if away > config.offload.buffers else 0,
+            block_bytes=swapped_block_bytes(config, plan),
+            host_bytes_per_s=rate.host,
+            buffers=config.offload.buffers,
+        )
+        step_s = max(step_s, swapped_s)
+    return step_s, seams_s
+
+
+def swapped_block_bytes(config: RunConfig, plan: Plan) -> int:
+    """What is copied for one swapped block: this rank's share of it."""
+    element = DTYPE_BYTES[config.precision.dtype]
+    whole = block_bytes(config.model.architecture, linear=config.precision.linear, element_bytes=element)
+    return whole // plan.layout.tp
 
 
 def _train_step(config: RunConfig, plan: Plan, rank: RankPlan, forward_s: float, rates: Rates) -> float:

@@ -65,17 +65,24 @@ class Checkpoint:
     ) -> torch.Tensor:
         """The tensor of native `name`, dequantised, converted to `dtype` on `device`, in memory of its own.
 
-        With `part` that part of it, and only its bytes are read. Raises CheckpointError for an unknown name or a
+        With `part` that part of it, and only its bytes are read. As float8_e4m3fn a tensor with an `fp8_scale` comes as
+        it is stored, not multiplied. Raises CheckpointError for an unknown name or a
         file that has changed since it was opened.
         """
         if name not in self.tensors:
             raise CheckpointError(f"{_place(self.files)} has no tensor {name}")
         device = torch.device(device)
         tensor = read_tensor(self.tensors[name], device, part)
-        if name in self.scales:
+        if name in self.scales and not (dtype == torch.float8_e4m3fn == tensor.dtype):
             scale = read_tensor(self.scales[name], device).to(torch.float32).reshape(())
             tensor = tensor.to(torch.float32).mul_(scale)
         return tensor.to(dtype)
+
+    def fp8_scale(self, name: str) -> float | None:
+        """The scale of a tensor that is stored as float8_e4m3fn, 1 where the file has none; None for all others."""
+        if self.tensors[name].dtype != "F8_E4M3":
+            return None
+        return float(read_tensor(self.scales[name], torch.device("cpu"))) if name in self.scales else 1.0
 
     def stored_bytes(self, name: str, part: Part | None = None) -> int:
         """Bytes that `read` of the same arguments takes from the files; a scale counts with every part."""

@@ -38,6 +38,13 @@ class WeightSource(Protocol):
         """The tensor `name`, or a part of it, as `dtype` on `device`, in contiguous memory of its own."""
         ...
 
+    def fp8_scale(self, name: str) -> float | None:
+        """The factor of the numbers that `name` is stored as, if these are float8_e4m3fn; else None.
+
+        `read` with that dtype then gives the numbers as they are stored.
+        """
+        ...
+
     def stored_bytes(self, name: str, part: Part | None = None) -> int:
         """Bytes that `read` of the same arguments takes from files; 0 if it takes none."""
         ...
@@ -90,6 +97,9 @@ class RandomWeights:
                 rows = values(start * row, stop * row).view(stop - start, *shape[1:])
                 tensor[start:stop].copy_(part.cut(rows))
         return tensor
+
+    def fp8_scale(self, name: str) -> float | None:
+        return None
 
     def stored_bytes(self, name: str, part: Part | None = None) -> int:
         return 0
@@ -146,6 +156,7 @@ def load_weights(
     requires_grad: bool = False,
     on_tensor: Callable[[str, int], None] | None = None,
     part_of: Callable[[str, tuple[int, ...]], Part] | None = None,
+    into: Callable[[str], torch.Tensor | None] | None = None,
 ) -> LoadReport:
     """Replaces every parameter of `model` (built on meta) by a real one on the device that owns it.
 
@@ -153,8 +164,10 @@ def load_weights(
     checkpoint. `device_of` maps a parameter's name to its device; `dtype` None keeps the dtype that each
     parameter has on meta. `on_tensor(name, num_bytes)` is called after each. `part_of(name, whole shape)` is what
     this model holds of a tensor where it was cut for tensor parallel or FSDP (a parameter that is a DTensor stays
-    one); None: all of each. Raises CheckpointError, before anything is read, if the source lacks a name or has
-    another shape.
+    one); None: all of each. `into(name)` is memory that a tensor is to lie in (the home of a swapped block's on the
+    host) or None; the tensor is made on the device of `device_of` and copied there. A module with `read_weight` (a
+    quantised layer) reads its own weight and what it keeps beside it. Raises CheckpointError, before anything is
+    read, if the source lacks a name or has another shape.
     """
     start = time.perf_counter()
     wanted = dict(model.named_parameters())
@@ -167,13 +180,30 @@ def load_weights(
     num_bytes = bytes_read = 0
     devices = set()
     for name, parameter in wanted.items():
-        tensor = source.read(name, device=device_of(name), dtype=dtype or parameter.dtype, part=parts[name])
-        _replace_parameter(model, name, tensor, requires_grad)
-        num_bytes += tensor.nbytes
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        device, reader = device_of(name), getattr(module, "read_weight", None)
+        if leaf == "weight" and reader is not None:
+            read = reader(source, name, device=device, part=parts[name])
+        else:
+            wanted_dtype = dtype or parameter.dtype
+            read = {leaf: source.read(name, device=device, dtype=wanted_dtype, part=parts[name])}
+        loaded = 0
+        for attribute, tensor in read.items():
+            devices.add(tensor.device)
+            full_name = f"{owner}.{attribute}" if owner else attribute
+            home = into(full_name) if into else None
+            if home is not None:
+                tensor = home.copy_(tensor, non_blocking=True)
+            if attribute in module._buffers:
+                setattr(module, attribute, tensor)
+            else:
+                _replace_parameter(model, full_name, tensor, requires_grad)
+            loaded += tensor.nbytes
+        num_bytes += loaded
         bytes_read += source.stored_bytes(name, parts[name])
-        devices.add(tensor.device)
         if on_tensor:
-            on_tensor(name, tensor.nbytes)
+            on_tensor(name, loaded)
     for device in devices:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # copies run behind the host; the time must contain them

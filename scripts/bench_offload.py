@@ -1,0 +1,207 @@
+"""Block swap and float8 layers against the whole model in bf16, on one GPU: time, peak memory, and the distance.
+
+    python scripts/bench_offload.py --out docs/results/offload.json
+
+Wan 14B at 480p with random weights, one forward at a time: all blocks resident; 36 of 40 on the host; resident again
+(so that a drift of the clocks shows); float8 linear layers, made of the same weights. Medians of `--repeats` forwards
+after one for warm-up. The last line of the output is the JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation, too
+
+from wanexp.offload.block_swap import BlockSwap, swap_blocks
+from wanexp.offload.load_device import move_to_owners
+from wanexp.offload.quantize import quantize_linears
+from wanexp.offload.swap_plan import swapped_blocks
+from wanexp.wan.architecture import WanArchitecture
+from wanexp.wan.fused import choose_kernels
+from wanexp.wan.transformer import WanTransformer
+from wanexp.wan.weights import RandomWeights, load_weights
+
+WAN_14B = WanArchitecture(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+TINY = WanArchitecture(dim=128, ffn_dim=256, num_heads=2, num_layers=8, text_dim=64)
+LATENT, TINY_LATENT = (21, 60, 104), (3, 8, 8)
+GIB = 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda:0", help="where it computes (default cuda:0)")
+    parser.add_argument("--tiny", action="store_true", help="a model of a second, to try the script")
+    parser.add_argument("--swapped", type=int, help="blocks on the host (default: all but 4)")
+    parser.add_argument(
+        "--buffers", type=int, default=2, help="on the device, for swapped blocks (default 2)"
+    )
+    parser.add_argument("--linear", default="fp8", help="fp8, fp8_weight or int8_weight (default fp8)")
+    parser.add_argument("--attention", default="auto", help="kernel (default auto)")
+    parser.add_argument("--kernels", default="auto", help="auto, triton or torch, between the products")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each block's forward")
+    parser.add_argument("--repeats", type=int, default=3, help="timed forwards of each (default 3)")
+    parser.add_argument("--out", type=Path, help="write the JSON here, too")
+    arguments = parser.parse_args()
+    result = bench(arguments)
+    print(table(result["cases"]))
+    text = json.dumps(result)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(text)
+
+
+def bench(arguments: argparse.Namespace) -> dict[str, Any]:
+    device = torch.device(arguments.device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    architecture, size = (TINY, TINY_LATENT) if arguments.tiny else (WAN_14B, LATENT)
+    num_swapped = architecture.num_layers - 4 if arguments.swapped is None else arguments.swapped
+    given = draw_inputs(architecture, size, device)
+    model, seconds = load(architecture, device, arguments)
+    print(f"loaded in {seconds:.1f} s", flush=True)
+
+    resident = measure(model, given, arguments.repeats)
+    begin = time.perf_counter()
+    chosen = swapped_blocks([0] * architecture.num_layers, [num_swapped])
+    swap = swap_blocks(model, chosen, device_of_block=lambda _: device, buffers=arguments.buffers)
+    seconds = time.perf_counter() - begin
+    print(f"{swap.host_bytes / GIB:.1f} GiB pinned and filled in {seconds:.1f} s", flush=True)
+    swapped = measure(model, given, arguments.repeats, swap)
+    swapped["pin_s"] = seconds
+    swap.close()
+    begin = time.perf_counter()
+    move_to_owners(model, lambda _: device)
+    print(f"back on the device in {time.perf_counter() - begin:.1f} s", flush=True)
+    again = measure(model, given, arguments.repeats)
+    quantize_linears(model, arguments.linear)
+    quantized = measure(model, given, arguments.repeats)
+
+    reference = resident.pop("flow")
+    for case in (swapped, again, quantized):
+        flow = case.pop("flow")
+        case["bit_equal"] = torch.equal(flow, reference)
+        case["rel_l2"] = float((flow - reference).norm() / reference.norm())
+    base = (resident["seconds"] + again["seconds"]) / 2
+    cases = {
+        "resident": resident,
+        f"swapped {num_swapped}/{architecture.num_layers}": swapped,
+        "resident again": again,
+        arguments.linear: quantized,
+    }
+    for case in cases.values():
+        case["time_over_resident"] = case["seconds"] / base
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "torch": torch.__version__,
+        "settings": {key: str(value) for key, value in vars(arguments).items() if key != "out"},
+        "tokens": given["latent"].numel() // architecture.out_channels // 4,
+        "cases": cases,
+    }
+
+
+def load(
+    architecture: WanArchitecture, device: torch.device, arguments: argparse.Namespace
+) -> tuple[WanTransformer, float]:
+    """The model on `device` in bf16, ready to run, and the seconds that this took."""
+    begin = time.perf_counter()
+    with torch.device("meta"):
+        model = WanTransformer(architecture, dtype=torch.bfloat16)
+    load_weights(model, RandomWeights(architecture), device_of=lambda _: device)
+    model.eval().set_attention(arguments.attention)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    model.set_kernels(
+        choose_kernels(
+            arguments.kernels, device_type=device.type, compute_capability=capability, training=False
+        )
+    )
+    if arguments.compile:
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward)  # and not the call, whose hooks move weights
+    return model, time.perf_counter() - begin
+
+
+def draw_inputs(
+    architecture: WanArchitecture, size: tuple[int, ...], device: torch.device
+) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "latent": torch.randn(1, architecture.out_channels, *size, generator=generator).to(device),
+        "timestep": torch.tensor([500.0], device=device),
+        "text": torch.randn(1, architecture.text_len, architecture.text_dim, generator=generator).to(device),
+    }
+
+
+@torch.inference_mode()
+def measure(
+    model: WanTransformer,
+    given: dict[str, torch.Tensor],
+    repeats: int,
+    swap: BlockSwap | None = None,
+) -> dict[str, Any]:
+    """Seconds of a forward, peak memory, what was swapped, and the flow (fp32, on the CPU)."""
+    device = given["latent"].device
+    on_gpu = device.type == "cuda"
+    flow = model(**given)
+    if swap:
+        model(**given)  # from here on the order of blocks is known
+        swap.reset()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        model(**given)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    case: dict[str, Any] = {
+        "seconds": statistics.median(seconds),
+        "samples_s": seconds,
+        "peak_gib": torch.cuda.max_memory_allocated(device) / GIB if on_gpu else None,
+        "weights_gib": weights_on(model, device, swap) / GIB,
+        "flow": flow.cpu(),
+    }
+    if swap:
+        case |= {
+            "swapped_gib_per_forward": swap.num_bytes / GIB / repeats,
+            "late_copies": swap.num_late,
+            "stall_s_per_forward": swap.stall_s() / repeats,
+        }
+    return case
+
+
+def weights_on(model: WanTransformer, device: torch.device, swap: BlockSwap | None) -> int:
+    """Bytes of weights that lie on `device`, the buffers of swapped blocks included."""
+    num_bytes = swap.buffer_bytes(device) if swap else 0
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if swap is None or swap.into(name) is None:
+            num_bytes += tensor.nbytes
+    return num_bytes
+
+
+def table(cases: dict[str, dict[str, Any]]) -> str:
+    lines = ["| | forward | / resident | peak GiB | weights GiB | rel L2 |", "|---|---|---|---|---|---|"]
+    for name, case in cases.items():
+        peak = "-" if case["peak_gib"] is None else f"{case['peak_gib']:.2f}"
+        error = "-" if "rel_l2" not in case else "bit-equal" if case["bit_equal"] else f"{case['rel_l2']:.1e}"
+        lines.append(
+            f"| {name} | {1000 * case['seconds']:.0f} ms | {case['time_over_resident']:.3f} | {peak} "
+            f"| {case['weights_gib']:.2f} | {error} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
