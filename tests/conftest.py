@@ -16,6 +16,7 @@ from wanexp.hardware.devices import Device
 TINY = (
     "hardware=cpu",
     "tracking=none",
+    "sweep_report=false",
     "precision=fp32",
     "model.architecture.dim=128",
     "model.architecture.ffn_dim=256",

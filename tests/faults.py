@@ -77,7 +77,7 @@ def hangs(job: Job) -> None:
 
 def hangs_while_loading(job: Job) -> None:
     if os.environ["RANK"] == "1":
-        RankRun.load = lambda self: time.sleep(600)  # type: ignore[method-assign, assignment, return-value]
+        RankRun.load = lambda self, groups: time.sleep(600)  # type: ignore[method-assign, assignment, return-value]
     worker.main(job)
 
 
@@ -111,7 +111,7 @@ def answers_nan(job: Job) -> None:
 
 def reference_fails(job: Job) -> None:
     if job.reference_of is not None:
-        RankRun.load = lambda self: _raise(MemoryError("no room for the reference"))  # type: ignore[method-assign, assignment, return-value]
+        RankRun.load = lambda self, groups: _raise(MemoryError("no room for the reference"))  # type: ignore[method-assign, assignment, return-value]
     worker.main(job)
 
 

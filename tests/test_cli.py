@@ -101,7 +101,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(cli, runner):
         cli()
 
 
-GROUP_MODES = "write one of: auto, block_distribution, data_parallel, distributed, none"
+GROUP_MODES = "write one of: auto, block_distribution, block_distribution_interleaved, cfg_parallel, "
 ERRORS = [
     (
         ["parallelism=block_distrib"],
@@ -136,7 +136,10 @@ ERRORS = [
         ["+experiment=quick_block"],
         "experiment 'quick_block' does not exist (did you mean quick_blocks?); write one of",
     ),
-    (["+sweep=mode"], "sweep 'mode' does not exist (did you mean modes?); write one of: gpu_count, modes"),
+    (
+        ["+sweep=mode"],
+        "sweep 'mode' does not exist (did you mean modes?); write one of: attention, batch_size, guide",
+    ),
     (
         ["experiment=quick_blocks"],
         "experiment is not in the defaults; choose it with a plus: +experiment=quick_blocks",
@@ -231,7 +234,7 @@ def test_help_has_examples_and_the_groups(cli):
     for text in (
         "python -m wanexp parallelism=block_distribution 'gpus=[0,1,2,3]'",
         "+sweep=modes",
-        "parallelism: auto, block_distribution, data_parallel, distributed, none",
+        "parallelism: auto, block_distribution, ",
         "model: tiny, wan2.1_flf2v_14b",
         "experiment: four_rtx3080_14b, mlperf_t2v_a14b",
         "Exit code",

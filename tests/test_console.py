@@ -18,8 +18,11 @@ from wanexp.config import (
     WorkloadConfig,
 )
 from wanexp.console import Console, block_ranges
+from wanexp.guide.configuration import compose_config
 from wanexp.hardware.devices import Device
 from wanexp.planning.plan import make_plan
+from wanexp.planning.planner import plan_layouts
+from wanexp.planning.task import devices_to_plan
 from wanexp.progress import show_progress
 from wanexp.record import Record
 
@@ -150,7 +153,7 @@ METRICS = {
     "parity/rel_l2": 0.0012,
     "energy/joules_per_step": 287.0,
     "mfu": 0.413,
-    "communication/seam_gib_per_forward": 0.03125,
+    "communication/blocks_gib_per_forward": 0.03125,
 }
 
 
@@ -176,7 +179,7 @@ def test_end_table(width):
     assert "287 J/step" in text
     assert "41.3 % of the dense peak" in text
     assert "Attention     sdpa_flash" in text
-    assert "32.0 MiB copied between devices a forward" in text
+    assert "Exchanged     blocks 32.0 MiB between devices a forward" in text
     assert "relative L2 error 1.2e-03 against mode none" in text
     assert "(flow, all 8 blocks; tolerance 0.01)" in " ".join(text.split())
     assert "Warning       GPU 0 was throttled" in text
@@ -213,6 +216,35 @@ def test_end_table_of_a_failure():
     assert "frame 10" not in text
     assert "CUDA out of memory" in text
     assert "Hint          spread the weights" in text
+
+
+def plan_text(width: int, hardware: str) -> str:
+    asked = compose_config(["model=wan2.1_t2v_14b", f"hardware={hardware}", "task=plan", "kernels=torch"])
+    devices = devices_to_plan(asked)
+    planned = plan_layouts(asked, devices, [asked.hardware.device] * len(devices))
+    screen = Screen(width)
+    screen.console.plan_table(asked, devices, planned, "" if planned.winner else "write a smaller video")
+    return screen.text()
+
+
+@WIDTHS
+def test_plan_table_of_8_gpus_is_a_row_a_mode_and_four_hybrids(width):
+    text = plan_text(width, "8x_h100")
+    rows = [line for line in text.splitlines() if line.rstrip().endswith(("fits", "best", "no"))]
+    assert len(rows) == 12, "8 modes by name and 4 hybrids, each on one line"
+    assert rows[0].startswith("hybrid x 8, cfg=2 x ulysses=4 ") and rows[0].rstrip().endswith("best")
+    assert sum("x " in row and row.startswith("hybrid") for row in rows) == 4
+    assert ("throughput, training" in text) == (width == 120), "what it buys, where there is room"
+    assert "more layouts were weighed; plan_json=true has all." in " ".join(text.split())
+    assert "Best for latency  parallelism=hybrid parallelism.ulysses=4" in text
+
+
+@WIDTHS
+def test_plan_table_says_why_each_mode_cannot_run(width):
+    text = plan_text(width, "4x_rtx3080")
+    assert "none: needs 30.3 GiB on gpu0, 10.0 free" in text
+    assert "tensor_parallel x 4: needs" in text and "fsdp x 4: needs" in text
+    assert "Would fit     write a smaller video" in text and "best" not in text.split("Shown:")[0]
 
 
 def test_tracking_lines_stay_whole():

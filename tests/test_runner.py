@@ -13,6 +13,7 @@ from tests.conftest import CLIP, PER_TOKEN, TWO_EXPERTS, Composer
 from wanexp import launch as launch_module
 from wanexp.errors import UserError
 from wanexp.measure import parity
+from wanexp.parallel.layout import Layout
 from wanexp.record import SCHEMA_VERSION, Record, read_record
 from wanexp.runner import run
 from wanexp.sweep import SweepCell
@@ -85,7 +86,7 @@ def test_uneven_shares_and_the_whole_record(execute, tmp_path):
 
     assert document["requested"]["workload"]["batch_size"] == 3
     effective = record.effective
-    assert (effective["mode"], effective["layout"]) == ("data_parallel", {"dp": 2, "blocks": 1})
+    assert (effective["mode"], effective["layout"]) == ("data_parallel", Layout(dp=2).degrees())
     assert (effective["precision"], effective["device_type"]) == ("bf16", "cpu")
     assert effective["attention"].startswith("sdpa_") and document["requested"]["attention"] == "auto"
     assert [device["label"] for device in effective["devices"]] == ["cpu0", "cpu1"]
@@ -112,7 +113,7 @@ def test_uneven_shares_and_the_whole_record(execute, tmp_path):
         "communication/gather_ms",
     ):
         assert metrics[name] > 0, name
-    assert metrics["communication/seam_gib_per_forward"] == 0
+    assert not [name for name in metrics if name.endswith("_gib_per_forward")], "replicas exchange nothing"
     assert metrics["parity/bit_equal"] == 1.0 and metrics["parity/rel_l2"] == 0.0
     assert all(math.isfinite(value) for value in metrics.values())
 
@@ -135,7 +136,7 @@ def test_blocks_are_spread_and_the_seams_counted(execute):
     assert weights == pytest.approx(record.plan["weight_gib"])
     assert metrics["memory/peak_allocated_gib"] == max(weights)
     # Hidden states twice (there and back as patches), and what all blocks share once: see test_block_distribution.
-    assert metrics["communication/seam_gib_per_forward"] > 0
+    assert metrics["communication/blocks_gib_per_forward"] > 0
     assert "verified" not in record.effective and "parity/rel_l2" not in metrics
 
 
@@ -261,7 +262,7 @@ SENSELESS = [
     (("parallelism=data_parallel", "gpus=[0,1]", "workload.batch_size=1"), "smaller than the 2 replicas"),
     (("parallelism=data_parallel", "gpus=[0,1]", "workload=train"), "write parallelism=distributed"),
     (("parallelism=distributed", "gpus=[0,1]", "workload=train", "workload.batch_size=3"), "multiple of 2"),
-    (("parallelism=data_parallel", "gpus=[0,1]", "parallelism.dp=3"), "needs dp 3 x blocks 1 = 3 GPUs"),
+    (("parallelism=data_parallel", "gpus=[0,1]", "parallelism.dp=3"), "needs dp 3 = 3 GPUs"),
 ]
 
 

@@ -95,6 +95,7 @@ class HardwareConfig:
     device_type: str = "auto"  # auto (cuda where there is one), cuda, cpu
     num_devices: int | None = None  # None: as many as are found; on CPU the number of logical devices
     device: DeviceProfile | None = None  # None: looked up by the found device's name
+    usd_per_gpu_hour: float | None = None  # price of one GPU, for the cost of a video in reports
     enforce_memory: bool = (
         False  # let each GPU use no more than device.memory_gib, to try a smaller card on this one
     )
@@ -214,6 +215,7 @@ class RunConfig:
     sweep_name: str | None = None  # a sweep's folder under multirun/; None: its date and time
     resume: bool = False  # of a named sweep: run only what its folder lacks
     repeats: int = 1  # of a sweep: runs of each cell, interleaved (A B C A B C ...)
+    sweep_report: bool = True  # a sweep ends with its report (report.html, report.md) and its summary run
     sweep_order: str = "cheap"  # cheap (first the cells of little predicted time on few GPUs), given
 
 
@@ -338,6 +340,7 @@ def _check(config: RunConfig) -> None:
         ("tracking.timeout_s", config.tracking.timeout_s),
         ("limits.run_s", config.limits.run_s),
         ("limits.stall_s", config.limits.stall_s),
+        ("hardware.usd_per_gpu_hour", hardware.usd_per_gpu_hour),
     ]
     if hardware.device is not None:
         device = hardware.device

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import psutil
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -26,6 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from wanexp import worker
 from wanexp.events import Event, EventTail, event_path, log_path
 from wanexp.job import Job
+from wanexp.stall import Begun, culprit
 
 POLL_S = 0.1
 STACKS_S = 0.5  # for the ranks to write their stacks before they are killed
@@ -139,6 +140,8 @@ def verdict(
 class Watcher(threading.Thread):
     """Reads the ranks' events; kills all ranks when the launch takes too long or stalls."""
 
+    answer_s = STACKS_S
+
     def __init__(self, job: Job, on_event: Callable[[Event], None]) -> None:
         super().__init__(name="wanexp-watcher", daemon=True)
         self.job = job
@@ -146,13 +149,17 @@ class Watcher(threading.Thread):
         self.heard = Heard()
         self.timeout_message = ""
         self._start_events: dict[int, Event] = {}
+        self._begun: dict[int, Begun] = {}
         self._begin = time.time()
         self._last_seen = dict.fromkeys(range(job.plan.layout.num_ranks), self._begin)
         self._phase = dict.fromkeys(self._last_seen, "start")
         self._done = threading.Event()
         self._tail = EventTail(job.folder, self._last_seen)
 
-    def __enter__(self) -> "Watcher":
+    def name_of(self, rank: int) -> str:
+        return f"rank {rank}"
+
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -174,18 +181,21 @@ class Watcher(threading.Thread):
             stall_s = limits.stall_s if has_started else max(limits.stall_s, START_LIMIT_S)
             if all(now - self._last_seen[rank] > stall_s for rank in working):
                 self._give_up(
-                    f"no sign of life for {stall_s:g} s (limits.stall_s); rank {silent} fell silent first, "
-                    f"in phase '{self._phase[silent]}'"
+                    f"no sign of life for {stall_s:g} s (limits.stall_s)", silent, "fell silent first"
                 )
             elif now - self._begin > limits.run_s:
                 self._give_up(
-                    f"not done after {limits.run_s:g} s (limits.run_s); rank {silent} is in phase "
-                    f"'{self._phase[silent]}'"
+                    f"not done after {limits.run_s:g} s (limits.run_s)",
+                    silent,
+                    "has shown no sign of life for longest",
                 )
 
     def _read(self) -> None:
         for event in self._tail.poll():
             rank, kind = event["rank"], event["kind"]
+            if kind == "answer":  # to a question; no sign of progress
+                self._begun[rank] = event["begun"]
+                continue
             self._last_seen[rank] = event["time"]
             if kind == "start":
                 self._start_events[rank] = event
@@ -194,12 +204,18 @@ class Watcher(threading.Thread):
             self.heard.take(event)
             self.on_event(event)
 
-    def _give_up(self, message: str) -> None:
-        """Have every rank print its stacks to its log, then kill it; the agent sees that and ends the launch."""
-        self.timeout_message = message
+    def _give_up(self, what: str, silent: int, why: str) -> None:
+        """Have every rank print its stacks to its log, then kill it; the agent sees that and ends the launch.
+
+        Named is the rank that holds up the others, as their collectives tell, else `silent`.
+        """
         self._signal_ranks(signal.SIGUSR1)
-        time.sleep(STACKS_S)
+        self._signal_ranks(signal.SIGUSR2)
+        time.sleep(self.answer_s)
         self._read()  # who has started meanwhile
+        working = [rank for rank in self._start_events if rank not in self.heard.reports]
+        rank, why = culprit(working, self._begun) or (silent, why)
+        self.timeout_message = f"{what}; {self.name_of(rank)} {why}, in phase '{self._phase[rank]}'"
         self._signal_ranks(signal.SIGKILL)
         has_handler = callable(signal.getsignal(signal.SIGTERM))
         if (

@@ -34,6 +34,7 @@ from wanexp.tracking.mlflow_store import track
 
 if TYPE_CHECKING:
     from wanexp.launch import Launched
+    from wanexp.meeting import Machines
     from wanexp.sweep import SweepCell
 
 
@@ -96,7 +97,7 @@ def follow_rank_zero(config: RunConfig, record: Record) -> Record:
     """The part of any other rank under an outer torchrun; what its record says becomes the exit code only."""
     from wanexp.outer_torchrun import follow  # imports torch, so late
 
-    launched = follow(config.limits)
+    launched = follow(config)
     record.outcome, record.message = launched.outcome, launched.message
     return record
 
@@ -109,19 +110,28 @@ class Prepared:
     preflight: Preflight
     peak_tflops: float | None  # dense peak of one device in the run's precision
     notes: list[str]
+    machines: "Machines | None" = None  # under an outer torchrun
 
 
 def prepare(config: RunConfig) -> Prepared:
     """Devices, plan and checks that need no worker. Raises UserError."""
     found = cap_memory(find_devices(config.hardware), config.hardware)
     devices = select_devices(found, config.gpus, config.parallelism.mode)
+    machines = None
+    if outer_rank() is not None:
+        from wanexp.outer_torchrun import arrive  # imports torch, so late
+
+        machines = arrive(config, devices)
+        devices = machines.all_devices
     checked = preflight(
         config, devices, found, lambda device: profile_for(config.hardware, device, conf_dir())
     )
     plan = checked.candidate.plan
     assert plan is not None
-    if outer_rank() is not None:
-        check_world_size(plan)
+    if machines is not None:
+        from wanexp.meeting import check_machines
+
+        check_machines(plan.layout, machines)
     devices = plan.devices
     profile = profile_for(config.hardware, devices[0], conf_dir())
     notes = []
@@ -135,19 +145,7 @@ def prepare(config: RunConfig) -> Prepared:
 
         open_weights(config.checkpoint, config.model.architecture, num_experts=config.model.num_experts)
     half = config.precision.dtype in ("bfloat16", "float16")
-    return Prepared(plan, checked, profile.bf16_tflops if profile and half else None, notes)
-
-
-def check_world_size(plan: Plan) -> None:
-    """Raise UserError where an outer torchrun started other processes than the layout has ranks."""
-    ranks, world_size = plan.layout.num_ranks, int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size != ranks:
-        raise UserError(
-            f"torchrun started {world_size} processes, the layout ({plan.layout}) has {ranks} ranks; "
-            f"write --nproc-per-node {ranks}, or other gpus"
-        )
-    if int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) != world_size:
-        raise UserError("torchrun started processes on several machines; one is supported: write --nnodes 1")
+    return Prepared(plan, checked, profile.bf16_tflops if profile and half else None, notes, machines)
 
 
 def execute(config: RunConfig, prepared: Prepared, record: Record, folder: Path, console: Console) -> None:
@@ -155,19 +153,31 @@ def execute(config: RunConfig, prepared: Prepared, record: Record, folder: Path,
     plan = prepared.plan
     record.plan = plan_summary(plan) | prepared.preflight.summary()
     record.effective = effective_settings(config, plan)
-    record.environment = host_environment(plan.devices)
+    own_devices, nodes = plan.devices, None  # of this machine; the ranks of each, where there are several
+    if prepared.machines is not None and len(prepared.machines.names) > 1:
+        own_devices, nodes = prepared.machines.devices[0], prepared.machines.ranks
+        record.environment["machines"] = dict(prepared.machines.environments)
+        if plan.num_gpus:
+            record.warnings.append(
+                f"telemetry and energy are of {own_devices[0].node} alone, where rank 0 is"
+            )
+    record.environment |= host_environment(own_devices)
     job = Job(
         config=config,
         plan=plan,
         folder=folder / "ranks",
         run_folder=folder,
-        num_threads=max(1, _usable_cores() // plan.layout.num_ranks),
+        num_threads=max(1, _usable_cores() // (len(nodes[0]) if nodes else plan.layout.num_ranks)),
+        nodes=nodes,
     )
-    with TelemetrySampler(plan.devices) as telemetry, console.progress() as progress:
+    torchrun = os.getppid() if prepared.machines is not None else None  # below it are the other ranks
+    with TelemetrySampler(own_devices, root_pid=torchrun) as telemetry, console.progress() as progress:
         begin = time.time()
-        launched = _launch(job, progress)
+        phases: dict[str, float] = {}
+        launched = _launch(job, progress, phases)
         record.telemetry = telemetry.series(begin)
         take_results(record, config, prepared, launched)
+        record.samples["phase_s"] = {phase: round(time - begin, 3) for phase, time in phases.items()}
         record.metrics |= prepared.preflight.predicted_metrics()
         record.metrics |= prepared.preflight.error_metrics(record.metrics)
         if window := _window(launched.reports):
@@ -184,8 +194,8 @@ def execute(config: RunConfig, prepared: Prepared, record: Record, folder: Path,
     record.artifacts = sorted(str(path.relative_to(folder)) for path in folder.glob("profile/*"))
 
 
-def _launch(job: Job, progress: ProgressReporter) -> "Launched":
-    """One launch with its progress shown: that of the rank that is behind."""
+def _launch(job: Job, progress: ProgressReporter, phases: dict[str, float] | None = None) -> "Launched":
+    """One launch with its progress shown: that of the rank that is behind. phases: takes when each began."""
     from wanexp.launch import launch  # imports torch, so late
     from wanexp.outer_torchrun import lead, without_outer_torchrun
 
@@ -194,6 +204,8 @@ def _launch(job: Job, progress: ProgressReporter) -> "Launched":
 
     def on_event(event: Event) -> None:
         if event["kind"] == "progress":
+            if phases is not None:
+                phases.setdefault(event["phase"], event["time"])
             done = state.setdefault(event["phase"], {})
             done[event["rank"]] = event["done"]
             progress.update(event["phase"], min(done.values()), event["total"], event.get("memory_gib"))

@@ -34,8 +34,9 @@ def main(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     _write_output_to(log_path(job.folder, rank))
     _end_at_once_on_signals()
-    _end_with_the_parent()
     events = EventLog(job.folder, rank)
+    _answer_when_asked(events, job.plan)  # before there is another thread
+    _end_with_the_parent()
     events.emit("start", pid=os.getpid(), host=os.uname().nodename)
     try:
         # A long time-out of collectives: the parent's watcher ends ranks that stall, and knows which one it was.
@@ -51,19 +52,14 @@ def main(job: Job) -> None:
         os._exit(1)  # no clean-up: a collective of the others may never end, and the parent already knows
 
 
-def run_rank(
-    job: Job, rank: int, events: EventLog, *, timeout_s: float, store: dist.Store | None = None
-) -> dict[str, Any]:
-    """Everything one rank does, as a JSON-able report. Raises what goes wrong.
-
-    timeout_s: of a collective. store: where the ranks meet; None for the one that the environment names.
-    """
+def run_rank(job: Job, rank: int, events: EventLog, *, timeout_s: float) -> dict[str, Any]:
+    """Everything one rank does, as a JSON-able report. Raises what goes wrong. timeout_s: of a collective."""
     owned = [job.plan.devices[position] for position in job.plan.ranks[rank].devices]
     devices = [torch_device(device) for device in owned]
     torch.set_num_threads(job.num_threads)
     prepare_allocator(job, owned, devices)
     events.progress("set-up", 0, 1)
-    with process_group(job.plan, rank, devices[0], timeout_s=timeout_s, store=store):
+    with process_group(job.plan, rank, devices[0], timeout_s=timeout_s):
         return RankRun(job, rank, owned, devices, events).run()
 
 
@@ -91,9 +87,7 @@ def torch_device(device: Device) -> torch.device:
 
 
 @contextmanager
-def process_group(
-    plan: Plan, rank: int, device: torch.device, *, timeout_s: float, store: dist.Store | None
-) -> Iterator[None]:
+def process_group(plan: Plan, rank: int, device: torch.device, *, timeout_s: float) -> Iterator[None]:
     """The default process group, where the layout has several ranks or the mode is torch's own."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -104,7 +98,6 @@ def process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
-        store=store,
         rank=rank,
         world_size=plan.layout.num_ranks,
     )
@@ -139,6 +132,32 @@ def _end_at_once_on_signals() -> None:
     """The agent passes on the signal that it got, and Ctrl-C reaches the whole process group: no traceback for that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _answer_when_asked(events: EventLog, plan: Plan) -> None:
+    """On SIGUSR2 say how many collectives this rank has begun, from a thread: the main one may be stuck in one."""
+    # Else it would end the process. Threads have the mask of the one that starts them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+
+    def wait() -> None:
+        while True:
+            signal.sigwait({signal.SIGUSR2})
+            # gloo counts sends too, and rank 0 of data_parallel has more of them than the others.
+            events.emit("answer", begun={} if plan.mode == "data_parallel" else collectives_begun())
+
+    threading.Thread(target=wait, name="wanexp-answer", daemon=True).start()
+
+
+def collectives_begun() -> dict[str, int]:
+    """For each process group of this rank, named by its ranks, how many collectives this rank has begun in it."""
+    begun: dict[str, int] = {}
+    groups: dict[Any, Any] = dist.distributed_c10d._world.pg_map if dist.is_initialized() else {}
+    for group in list(groups):  # in the order of their making, which is the same on all ranks
+        name = f"[{','.join(map(str, dist.get_process_group_ranks(group)))}]"
+        while name in begun:
+            name += "'"
+        begun[name] = group._get_sequence_number_for_group()  # of NCCL where the group has gloo as well
+    return begun
 
 
 def _end_with_the_parent() -> None:

@@ -18,7 +18,7 @@ from wanexp.parallel.context_parallel import context_parallel
 from wanexp.parallel.ring import merge
 from wanexp.parallel.shares import check_context_parallel, head_shares, token_shares
 from wanexp.parallel.traffic import context_parallel_bytes
-from wanexp.parallel.ulysses import join_heads, pack_heads, unpack_tokens
+from wanexp.parallel.ulysses import join_heads, pack_heads
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.attention import attention_function, attention_with_lse
 from wanexp.wan.transformer import WanTransformer, first_blocks
@@ -376,25 +376,24 @@ def test_there_and_back_between_tokens_and_heads(ranks, more_heads, more_tokens,
     heads = head_shares(num_heads, ranks)
     (tokens,) = token_shares(num_tokens, ulysses=ranks, ring=1)
     shape = (batch, num_tokens, num_heads, head_dim)
-    qkv = [torch.randn(shape).to(dtype) for _ in range(3)]
+    x = torch.randn(shape).to(dtype)
 
     def exchange(packed: list[torch.Tensor], sizes: list[list[int]]) -> list[torch.Tensor]:
         chunks = [one.split(size) for one, size in zip(packed, sizes, strict=True)]
         return [torch.cat([chunks[source][target] for source in range(ranks)]) for target in range(ranks)]
 
     row = batch * head_dim
-    parts = zip(*(tensor.split(tokens, dim=1) for tensor in qkv), strict=True)
-    packed = [pack_heads(part, heads) for part in parts]
-    received = exchange(packed, [[3 * row * own * share for share in heads] for own in tokens])
-    back = []
+    packed = [pack_heads(part, heads) for part in x.split(tokens, dim=1)]
+    received = exchange(packed, [[row * own * share for share in heads] for own in tokens])
+    mine = []
     for rank, first in enumerate(accumulate(heads[:-1], initial=0)):
-        found = unpack_tokens(received[rank], 3, batch, heads[rank], head_dim)
-        for tensor, expected in zip(found, qkv, strict=True):
-            assert torch.equal(tensor, expected[:, :, first : first + heads[rank]])
-        back.append(found[0].transpose(0, 1).contiguous().flatten())
+        found = received[rank].view(num_tokens, batch, heads[rank], head_dim).transpose(0, 1)
+        assert torch.equal(found, x[:, :, first : first + heads[rank]])
+        mine.append(found)
+    back = [one.transpose(0, 1).flatten() for one in mine]
     received = exchange(back, [[row * own * share for own in tokens] for share in heads])
     joined = [join_heads(one, batch, heads, head_dim) for one in received]
-    assert torch.equal(torch.cat(joined, dim=1), qkv[0])
+    assert torch.equal(torch.cat(joined, dim=1), x)
 
 
 @settings(deadline=None, max_examples=40)

@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from tests.parallel.ranks import on_ranks
 from wanexp.parallel.fsdp import full_gradient, shard_with_fsdp
+from wanexp.parallel.loading import Loader
 from wanexp.parallel.shares import shard_part
 from wanexp.parallel.traffic import fsdp_bytes
-from wanexp.parallel.loading import Loader
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.transformer import WanTransformer, first_blocks
 from wanexp.wan.weights import RandomWeights, load_weights, local_tensor

@@ -172,6 +172,7 @@ def test_a_layout_in_words():
             LayoutError,
             "shard is 3, which does not divide the 4 ranks of dp 4",
         ),
+        ("fsdp", {"dp": 2, "shard": 1}, 2, LayoutError, "fsdp with shard 1 shards nothing over the 2 ranks"),
         ("cfg_parallel", {"cfg": 2}, 1, LayoutError, "needs cfg 2 = 2 GPUs, gpus names 1"),
         ("context_parallel", {"ulysses": -1}, 1, LayoutError, "context_parallel on one GPU splits nothing"),
         ("hybrid", {"blocks": 2, "ring": 2}, 4, LayoutError, "ring=2 is refused: every rank of a ring"),

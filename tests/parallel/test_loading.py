@@ -14,8 +14,8 @@ from tests.parallel.ranks import on_ranks
 from wanexp.errors import CheckpointError
 from wanexp.measure.memory import anonymous_rss_bytes
 from wanexp.parallel.fsdp import shard_with_fsdp
-from wanexp.parallel.shares import shard_part, tensor_part
 from wanexp.parallel.loading import Loader, plan_loading, sharing_groups
+from wanexp.parallel.shares import shard_part, tensor_part
 from wanexp.parallel.tensor_parallel import tensor_parallel
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.part import Part

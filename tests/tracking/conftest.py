@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -44,20 +45,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
-def server(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a server that also takes artifacts."""
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copy(empty_database, folder / "server.db")
+@contextmanager
+def serve(store: str, folder: Path) -> Iterator[str]:
+    """Address of a server on the store `store`, which also takes artifacts into `folder`."""
+    folder.mkdir(exist_ok=True)
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        f"sqlite:///{folder}/server.db",
-    ]
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
     command += ["--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1"]
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -77,6 +70,16 @@ def server(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> It
                 time.sleep(0.2)
         yield uri
     finally:
-        os.killpg(process.pid, 15)
+        with suppress(ProcessLookupError):  # it may have failed to start
+            os.killpg(process.pid, 15)
         process.wait(20)
         log.close()
+
+
+@pytest.fixture(scope="session")
+def server(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a server that also takes artifacts."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_database, folder / "server.db")
+    with serve(f"sqlite:///{folder}/server.db", folder) as uri:
+        yield uri

@@ -44,10 +44,13 @@ class Device:
     uuid: str | None = None  # as NVML prints it, GPU-...; None on CPU
     compute_capability: tuple[int, int] | None = None
     peers: tuple[int, ...] = ()  # indices of the devices whose memory it can reach directly (P2P)
+    node: str = ""  # its machine, where a run has several
 
     @property
     def label(self) -> str:
-        return f"gpu{self.index}" if self.type == "cuda" else f"cpu{self.index}"
+        """Such as gpu0, or gpu0.node-b in a run over several machines: a part of metric names."""
+        number = f"gpu{self.index}" if self.type == "cuda" else f"cpu{self.index}"
+        return f"{number}.{self.node}" if self.node else number
 
 
 def device_from_dict(values: Mapping[str, Any]) -> Device:

@@ -22,8 +22,19 @@ from wanexp.hardware.devices import Device, container_memory_limit, cpu_name
 from wanexp.hardware.nvml import NvmlUnavailable, ask, handle_of, open_nvml
 
 GIB = 1024**3
-PACKAGES = ("torch", "triton", "mlflow", "hydra-core", "omegaconf", "safetensors", "nvidia-ml-py")
-VARIABLES = re.compile(r"(CUDA|NCCL|PYTORCH|TORCH)_.*|OMP_NUM_THREADS")
+PACKAGES = (
+    "torch",
+    "triton",
+    "mlflow",
+    "hydra-core",
+    "omegaconf",
+    "safetensors",
+    "nvidia-ml-py",
+    "fa3-fwd",
+    "flash-attn-3",
+    "flash-attn-4",
+)
+VARIABLES = re.compile(r"(CUDA|NCCL|GLOO|PYTORCH|TORCH)_.*|OMP_NUM_THREADS")
 SECRET_NAMES = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
 CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user:password of an address
 MAX_NVLINKS = 18
@@ -87,7 +98,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """CUDA_*, NCCL_*, PYTORCH_*, TORCH_* and OMP_NUM_THREADS; what may be a secret is replaced by "***"."""
+    """CUDA_*, NCCL_*, GLOO_*, PYTORCH_*, TORCH_* and OMP_NUM_THREADS; what may be a secret is replaced by "***"."""
     return {
         name: "***" if SECRET_NAMES.search(name.upper()) else CREDENTIALS.sub("***", value)
         for name, value in sorted(environment.items())
@@ -95,12 +106,30 @@ def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def p2p_state(gpus: Sequence[Device], variables: Mapping[str, str]) -> str | None:
+    """Whether the GPUs of one machine use each other's memory directly: `on`, or `off` and why; None for a single one.
+
+    NCCL_P2P_DISABLE and NCCL_P2P_LEVEL as NCCL's manual has them; they leave copies inside one process alone.
+    """
+    if len(gpus) < 2:
+        return None
+    if variables.get("NCCL_P2P_DISABLE", "0") != "0":
+        return f"off between processes: NCCL_P2P_DISABLE={variables['NCCL_P2P_DISABLE']}"
+    if variables.get("NCCL_P2P_LEVEL", "") in ("LOC", "0"):
+        return f"off between processes: NCCL_P2P_LEVEL={variables['NCCL_P2P_LEVEL']}"
+    apart = [f"{a.label}-{b.label}" for a, b in combinations(gpus, 2) if b.index not in a.peers]
+    return f"off between {', '.join(apart)}" if apart else "on"
+
+
 def _gpu_environment(devices: Sequence[Device], nvml: Any) -> dict[str, Any]:
-    """`driver`, `gpus` (label -> facts) and `topology` ("gpu0-gpu1" -> facts); empty on CPU devices."""
+    """`driver`, `gpus` (label -> facts), `p2p` and `topology` ("gpu0-gpu1" -> facts); empty on CPU devices."""
     gpus = [device for device in devices if device.type == "cuda"]
     if not gpus:
         return {}
-    facts: dict[str, Any] = {"gpus": {gpu.label: _basics(gpu) for gpu in gpus}}
+    facts: dict[str, Any] = {
+        "gpus": {gpu.label: _basics(gpu) for gpu in gpus},
+        "p2p": p2p_state(gpus, os.environ),
+    }
     try:
         nvml = open_nvml(nvml)
     except NvmlUnavailable as error:

@@ -18,7 +18,7 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = max |x| of the row / the largest number of `dtype` (e4m3 or int8); values round to nearest, ties to even.
     """
     limit = LIMITS[dtype]
-    scales = x.abs().amax(dim=-1, keepdim=True).float().clamp_min(TINY) / limit
+    scales = x.abs().amax(dim=-1, keepdim=True).float().clamp_min(TINY) * (1 / limit)
     quotients = (x / scales).clamp(-limit, limit)  # a quotient may round to above the limit
     return (quotients if dtype.is_floating_point else quotients.round()).to(dtype), scales
 
@@ -41,6 +41,7 @@ def quantize_on_gpu(x: Tensor) -> tuple[Tensor, Tensor]:
                 width,
                 TINY,
                 LIMITS[E4M3],
+                1 / LIMITS[E4M3],
                 TILE=tile,
                 num_warps=max(1, min(16, tile // 512)),
             )

@@ -5,16 +5,16 @@ import triton.language as tl
 
 
 @triton.jit
-def quantize_rows(x, values, scales, width, tiny, limit, TILE: tl.constexpr):
-    """values = x / scale and scale = max |x| / limit, a row a program; a row stays in registers meanwhile.
+def quantize_rows(x, values, scales, width, tiny, limit, inverse, TILE: tl.constexpr):
+    """values = x / scale and scale = max |x| * inverse of limit, a row a program, in registers meanwhile.
 
-    Divisions round to nearest, as torch's do, so that both give the same bits.
+    The division rounds to nearest, as torch's does, so that both give the same bits.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     inside = columns < width
     numbers = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(numbers), axis=0), tiny), limit)
+    scale = tl.maximum(tl.max(tl.abs(numbers), axis=0), tiny) * inverse
     quotients = tl.div_rn(numbers, tl.broadcast_to(scale, (TILE,)))
     quotients = tl.minimum(tl.maximum(quotients, -limit), limit)
     tl.store(values + row * width + columns, quotients.to(values.dtype.element_ty), mask=inside)

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,15 @@ import torch.distributed as dist
 from wanexp.config import RunConfig, to_dict
 from wanexp.errors import UserError
 from wanexp.wan.weights import WeightSource
+
+
+def identity(config: RunConfig) -> dict[str, str]:
+    """What must be equal on all machines before there is a plan: the program, then every setting by its name."""
+    return {
+        "the code of wanexp": _code_digest(),
+        "the version of torch": torch.__version__,
+        **dict(_settings(to_dict(config))),
+    }
 
 
 def fingerprint(config: RunConfig, sources: Sequence[WeightSource]) -> dict[str, str]:
@@ -38,12 +48,21 @@ def first_difference(told: Sequence[tuple[str, Mapping[str, str]]]) -> str:
     first_node, first = told[0]
     for rank, (node, found) in enumerate(told):
         for what, value in found.items():
-            if value != first[what]:
+            if value != first.get(what):
                 return (
-                    f"{what} differs between rank 0 on {first_node} ({first[what]}) and rank {rank} on {node} "
+                    f"{what} differs between rank 0 on {first_node} ({first.get(what)}) and rank {rank} on {node} "
                     f"({value}); give all machines the same"
                 )
     return ""
+
+
+def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Such as ("workload.num_steps", "4")."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, json.dumps(value)
 
 
 def _content(source: WeightSource) -> dict[str, object]:

@@ -22,9 +22,9 @@ from wanexp.parallel.ring import attend_around_ring
 from wanexp.parallel.sequence_split import degree_of, gather_tokens, rank_in
 from wanexp.parallel.shares import head_shares, token_shares
 from wanexp.parallel.traffic import Traffic
-from wanexp.parallel.ulysses import attend_by_heads
-from wanexp.wan.attention import AttentionFunction, AttentionWithLse, attention_with_lse, kernel_name
-from wanexp.wan.block import WanBlock
+from wanexp.parallel.ulysses import Exchange
+from wanexp.wan.attention import AttentionWithLse, attention_with_lse, kernel_name
+from wanexp.wan.block import SelfAttention, WanBlock
 from wanexp.wan.rope import Rope
 from wanexp.wan.transformer import WanTransformer
 
@@ -51,7 +51,7 @@ def context_parallel(
     head_shares(model.architecture.num_heads, split.num_ulysses)
     for index, block in enumerate(model.blocks):
         assert isinstance(block, WanBlock)
-        block.self_attn.attend = split.attend_with(block.self_attn.attend)
+        split.wrap(block.self_attn)
         block.register_forward_pre_hook(split.enter_first_block if index == 0 else split.enter_block)
     model.head.register_forward_pre_hook(split.enter_head)
     model.head.register_forward_hook(split.leave_head)
@@ -69,6 +69,9 @@ class _SplitForward:
         self.ulysses_rank, self.ring_rank = rank_in(self.ulysses), rank_in(self.ring)
         self.shares: tuple[tuple[int, ...], ...] = ()  # tokens of each rank, [ring rank][ulysses rank]
         self._own: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.exchange: Exchange | None = None
+        if self.ulysses is not None:
+            self.exchange = Exchange(self.ulysses, lambda: self.group_shares, self.traffic)
 
     def own(self, tensor: Tensor, axis: int) -> Tensor:
         """A view of this rank's tokens of a tensor that has all of them along `axis`."""
@@ -128,20 +131,14 @@ class _SplitForward:
             patches = gather_tokens(patches, self.block_shares, group=self.ring, traffic=self.traffic)
         return patches
 
-    def attend_with(self, attend: AttentionFunction) -> AttentionFunction:
-        """What takes the place of the kernel `attend` in self-attention."""
+    def wrap(self, attention: SelfAttention) -> None:
+        """Put what meets the other ranks around the kernel of `attention`."""
         if self.ring is not None:
-            attend = partial(self._around_ring, attention_with_lse(kernel_name(attend)))
-        if self.ulysses is not None:
-            attend = partial(self._by_heads, attend)
-        return attend
-
-    @torch.compiler.disable
-    def _by_heads(self, attend: AttentionFunction, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        assert self.ulysses is not None
-        return attend_by_heads(
-            attend, q, k, v, group=self.ulysses, tokens=self.group_shares, traffic=self.traffic
-        )
+            with_lse = attention_with_lse(kernel_name(attention.attend))
+            attention.attend = partial(self._around_ring, with_lse)
+        if self.exchange is not None:
+            attention.send = torch.compiler.disable(self.exchange.send)
+            attention.attend = torch.compiler.disable(partial(self.exchange.attend, attention.attend))
 
     @torch.compiler.disable
     def _around_ring(self, attend: AttentionWithLse, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -132,6 +132,11 @@ def resolve_layout(parallelism: ParallelismConfig, num_gpus: int) -> Layout:
         )
     if layout == Layout() and mode != "none" and mode not in REPLICA_MODES and mode != "block_distribution":
         raise LayoutError(f"{mode} on one GPU splits nothing; write two GPUs or more, or parallelism=none")
+    if mode == "fsdp" and layout.shard == 1:
+        raise LayoutError(
+            f"fsdp with shard 1 shards nothing over the {layout.dp} ranks; write parallelism.shard=-1 for all of them, "
+            "or parallelism=data_parallel"
+        )
     if layout.cfg > 2:
         raise LayoutError(f"parallelism.cfg is {layout.cfg}: guidance has two forwards a step; write cfg=2")
     for first, second, reason in REFUSED_PRODUCTS:

@@ -20,10 +20,11 @@ from torch.distributed import ProcessGroup
 
 from wanexp.parallel.shares import check_tensor_parallel, tensor_part
 from wanexp.parallel.traffic import Traffic, ring_factor
+from wanexp.wan import fused
 from wanexp.wan.architecture import NORM_EPS
-from wanexp.wan.block import RMSNorm, SelfAttention, WanBlock
+from wanexp.wan.block import RMSNorm, WanBlock
 from wanexp.wan.part import Part
-from wanexp.wan.rope import Rope, apply_rope
+from wanexp.wan.rope import Rope
 from wanexp.wan.transformer import WanTransformer
 
 
@@ -58,7 +59,6 @@ def tensor_parallel(model: WanTransformer, group: ProcessGroup) -> Traffic:
             for name, norm in list(attention.named_children()):
                 if isinstance(norm, RMSNorm):
                     setattr(attention, name, SplitRMSNorm(norm, architecture.dim, reducer))
-        block.self_attn.__class__ = SplitSelfAttention  # its parameters, hooks and kernel stay what they are
         # Hooks on what holds the last linear layer, not on that layer, which quantisation may put another in place of.
         for module in (block.self_attn, block.cross_attn, block.ffn):
             module.register_forward_hook(lambda _module, _args, output: _sum_over_ranks(output, reducer))
@@ -71,31 +71,16 @@ class SplitRMSNorm(RMSNorm):
     def __init__(self, norm: RMSNorm, full_dim: int, reducer: int) -> None:
         nn.Module.__init__(self)
         self.weight = norm.weight
+        self.is_fused = norm.is_fused
         self.full_dim = full_dim
         self.reducer = reducer
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale(x, _sum_over_ranks(square_sums(x), self.reducer))
-
-    def scale(self, x: Tensor, sums: Tensor) -> Tensor:
-        """`x` [batch, tokens, own dim] normed by the group's sums of squares, fp32 [batch, tokens, 1]."""
+    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+        sums = _sum_over_ranks(square_sums(x), self.reducer)  # fp32 [batch, tokens, 1]
+        if self.is_fused:
+            return fused.rms_norm(x, self.weight, rope, square_sums=sums, full_dim=self.full_dim)
         normed = x * torch.rsqrt(sums / self.full_dim + NORM_EPS)  # fp32, as the sums are
         return normed.to(x.dtype) * self.weight.to(x.dtype)
-
-
-class SplitSelfAttention(SelfAttention):
-    """Self-attention with the heads of this rank. One all-reduce serves the norms of q and k."""
-
-    norm_q: SplitRMSNorm
-    norm_k: SplitRMSNorm
-
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        q, k = self.q(x), self.k(x)
-        sums = _sum_over_ranks(torch.stack((square_sums(q), square_sums(k))), self.norm_q.reducer)
-        q = apply_rope(self.split_heads(self.norm_q.scale(q, sums[0])), rope)
-        k = apply_rope(self.split_heads(self.norm_k.scale(k, sums[1])), rope)
-        v = self.split_heads(self.v(x))
-        return self.o(self.attend(q, k, v).flatten(2))
 
 
 def square_sums(x: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
 """Ulysses (arXiv 2309.14509): for the time of the attention, split by heads in place of tokens.
 
-    q, k, v: my tokens, all heads  --one all-to-all-->  all tokens, my heads
-                                                              | attention
-    o:       my tokens, all heads  <--one all-to-all--  all tokens, my heads
+    v, k, q: my tokens, all heads  --an all-to-all each-->  all tokens, my heads
+                                                                  | attention
+    o:       my tokens, all heads  <--one all-to-all------  all tokens, my heads
 
-"All" is all of the Ulysses group. Head shares may differ by one, so any number of heads will do down to one a rank. In
-the send buffer the tokens of a chunk come first, [tokens, batch, 3, heads, head_dim]: chunks of uneven length then join
-up to views of q, k and v that kernels take as they are. One copy to pack q, k and v, one to put o together.
+"All" is all of the Ulysses group. v travels while k is being computed and k while q is, so that one waits for q and o
+only. Head shares may differ by one, so any number of heads will do down to one a rank. In the send buffer the tokens of
+a chunk come first, [tokens, batch, heads, head_dim]: chunks of uneven length then join up to views that kernels take as
+they are. One copy packs each, one puts o together.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -22,89 +24,92 @@ from wanexp.parallel.traffic import Traffic
 from wanexp.wan.attention import AttentionFunction
 
 
-def attend_by_heads(
-    attend: AttentionFunction,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    group: ProcessGroup,
-    tokens: Sequence[int],
-    traffic: Traffic,
-) -> Tensor:
-    """Self-attention of the tokens of all ranks of `group`, which hold `tokens` of them each.
+class Exchange:
+    """The all-to-alls of one model's self-attentions over `group`.
 
-    q, k, v: [batch, own tokens, heads, head_dim] of this rank's tokens. Returns the result in the same shape.
-    `attend` gets [batch, sum(tokens), own heads, head_dim].
+    tokens: how many each rank holds, of the forward that is under way.
     """
-    batch, own_tokens, num_heads, head_dim = q.shape
-    rank = dist.get_rank(group)
-    heads = head_shares(num_heads, len(tokens))
-    row = batch * head_dim  # elements of one head of one token
 
-    packed = pack_heads((q, k, v), heads)
-    received = packed.new_empty(3 * row * sum(tokens) * heads[rank])
-    _all_to_all(
-        received,
-        packed,
-        [3 * row * share * heads[rank] for share in tokens],
-        [3 * row * own_tokens * share for share in heads],
-        group=group,
-        traffic=traffic,
-    )
-    del packed  # before the attention, whose memory is the peak
-    out = attend(*unpack_tokens(received, 3, batch, heads[rank], head_dim))
+    def __init__(self, group: ProcessGroup, tokens: Callable[[], Sequence[int]], traffic: Traffic) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.tokens = tokens
+        self.traffic = traffic
 
-    # Kernels lay their result out as q, tokens first: here too nothing is copied.
-    packed = out.transpose(0, 1).contiguous().flatten()
-    received = packed.new_empty(row * own_tokens * num_heads)
-    _all_to_all(
-        received,
-        packed,
-        [row * own_tokens * share for share in heads],
-        [row * share * heads[rank] for share in tokens],
-        group=group,
-        traffic=traffic,
-    )
-    return join_heads(received, batch, heads, head_dim)
+    def send(self, x: Tensor) -> "Sent":
+        """Start to give each rank its heads of `x` [batch, own tokens, heads, head_dim], and take mine of all."""
+        batch, own_tokens, num_heads, head_dim = x.shape
+        tokens = self.tokens()
+        heads = head_shares(num_heads, len(tokens))
+        row, own_heads = batch * head_dim, heads[self.rank]  # elements of one head of one token
+        sent = self._all_to_all(
+            pack_heads(x, heads),
+            [row * share * own_heads for share in tokens],
+            [row * own_tokens * share for share in heads],
+        )
+        sent.shape = (-1, batch, own_heads, head_dim)
+        return sent
+
+    def attend(self, attend: AttentionFunction, q: Tensor, k: "Sent", v: "Sent") -> Tensor:
+        """Self-attention of all tokens; `q` and the result are [batch, own tokens, heads, head_dim].
+
+        `attend` gets [batch, all tokens, own heads, head_dim].
+        """
+        batch, own_tokens, num_heads, head_dim = q.shape
+        tokens = self.tokens()
+        heads = head_shares(num_heads, len(tokens))
+        sent = self.send(q)
+        out = attend(sent.wait(), k.wait(), v.wait())
+        # Kernels lay their result out as q, tokens first: here nothing is copied.
+        packed = out.transpose(0, 1).contiguous().flatten()
+        row = batch * head_dim
+        sent = self._all_to_all(
+            packed,
+            [row * own_tokens * share for share in heads],
+            [row * share * heads[self.rank] for share in tokens],
+        )
+        return join_heads(sent.wait(), batch, heads, head_dim)
+
+    def _all_to_all(self, packed: Tensor, received_sizes: list[int], packed_sizes: list[int]) -> "Sent":
+        received = packed.new_empty(sum(received_sizes))
+        work = dist.all_to_all_single(
+            received, packed, received_sizes, packed_sizes, group=self.group, async_op=True
+        )
+        self.traffic.num_bytes += packed.nbytes - packed_sizes[self.rank] * packed.element_size()
+        return Sent(received, packed, work)
 
 
-def _all_to_all(
-    received: Tensor,
-    packed: Tensor,
-    received_sizes: list[int],
-    packed_sizes: list[int],
-    *,
-    group: ProcessGroup,
-    traffic: Traffic,
-) -> None:
-    dist.all_to_all_single(received, packed, received_sizes, packed_sizes, group=group)
-    traffic.num_bytes += packed.nbytes - packed_sizes[dist.get_rank(group)] * packed.element_size()
+@dataclass
+class Sent:
+    """An exchange under way. It holds what is being sent, which must not be given away before it has left."""
+
+    received: Tensor
+    packed: Tensor | None
+    work: dist.Work
+    shape: tuple[int, ...] = (-1,)  # [all tokens, batch, own heads, head_dim]
+
+    def wait(self) -> Tensor:
+        """What arrived: flat, or as a view [batch, all tokens, own heads, head_dim]."""
+        self.work.wait()
+        self.packed = None
+        return self.received if len(self.shape) == 1 else self.received.view(self.shape).transpose(0, 1)
 
 
-def pack_heads(tensors: Sequence[Tensor], heads: Sequence[int]) -> Tensor:
-    """One chunk for each rank, one after the other: [tokens, batch, len(tensors), its heads, head_dim], flat.
+def pack_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """One chunk for each rank, one after the other: [tokens, batch, its heads, head_dim], flat.
 
-    tensors: each [batch, tokens, sum(heads), head_dim].
+    x: [batch, tokens, sum(heads), head_dim].
     """
-    words = [_words(tensor) for tensor in tensors]
-    batch, tokens, _, width = words[0].shape
-    packed = words[0].new_empty(sum(word.numel() for word in words))
+    words = _words(x)
+    batch, tokens, _, width = words.shape
+    packed = words.new_empty(words.numel())
     start = 0
     for first, ranks, share in _runs(heads):
-        shape = (ranks, tokens, batch, len(words), share, width)
-        chunks = packed.narrow(0, start, ranks * tokens * batch * len(words) * share * width).view(shape)
-        for index, word in enumerate(words):
-            part = word.narrow(2, first, ranks * share).unflatten(2, (ranks, share))
-            chunks[:, :, :, index].copy_(part.permute(2, 1, 0, 3, 4))
+        chunks = packed.narrow(0, start, ranks * tokens * batch * share * width)
+        part = words.narrow(2, first, ranks * share).unflatten(2, (ranks, share))
+        chunks.view(ranks, tokens, batch, share, width).copy_(part.permute(2, 1, 0, 3, 4))
         start += chunks.numel()
-    return packed.view(tensors[0].dtype)
-
-
-def unpack_tokens(received: Tensor, number: int, batch: int, heads: int, head_dim: int) -> tuple[Tensor, ...]:
-    """The `number` tensors [batch, all tokens, heads, head_dim] in the chunks of all ranks: views."""
-    parts = received.view(-1, batch, number, heads, head_dim).unbind(2)
-    return tuple(part.transpose(0, 1) for part in parts)
+    return packed.view(x.dtype)
 
 
 def join_heads(received: Tensor, batch: int, heads: Sequence[int], head_dim: int) -> Tensor:

@@ -23,6 +23,7 @@ NOT_OF_THE_CELL = (
     "resume",
     "repeats",
     "sweep_order",
+    "sweep_report",
     "tracking",
     "limits",
     "task",
@@ -33,6 +34,9 @@ NOT_OF_THE_CELL = (
 def cell_fingerprint(config: Mapping[str, Any], source: str, hardware: Sequence[Any]) -> str:
     """Of one cell: its whole config, `source_digest` and `hardware_identity`."""
     counted = {key: value for key, value in config.items() if key not in NOT_OF_THE_CELL}
+    counted["hardware"] = {  # a price changes no result
+        key: value for key, value in dict(counted.get("hardware") or {}).items() if key != "usd_per_gpu_hour"
+    }
     checkpoint = checkpoint_identity(counted.get("checkpoint"))
     return _digest(json.dumps([counted, checkpoint, source, hardware], sort_keys=True, default=str).encode())
 

@@ -127,6 +127,11 @@ class SweepLauncher(Launcher):
         from wanexp.console import Console  # rich is slow to import
 
         Console().sweep_table(records)
+        if records and self.config.sweep_report:
+            from wanexp.report.finish import finish_sweep  # matplotlib and mlflow are slow to import
+
+            tracking = TrackingConfig(**OmegaConf.to_container(self.config.tracking))  # type: ignore[arg-type]
+            print(*finish_sweep(self.folder, tracking), sep="\n")
         missing = sum(run.record is None for run in self.runs)
         if self.state == "stopped":
             print(f"error: the sweep stopped: {self.reason}", file=sys.stderr)

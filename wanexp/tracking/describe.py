@@ -65,6 +65,8 @@ def tags_of(record: Record) -> dict[str, str]:
         "weights": weights(record),
         "warnings": len(record.warnings),
         "sweep_id": record.sweep_id,
+        "cell": record.cell,
+        "repeat": record.repeat,
         "host": mapping(record.environment.get("host")).get("name"),
         "wanexp.run_id": record.run_id,
         "wanexp.schema_version": record.schema_version,
@@ -78,8 +80,10 @@ def tags_of(record: Record) -> dict[str, str]:
 def params_of(record: Record) -> dict[str, str]:
     """The composed config with dotted keys, and what really ran under `effective.`; long values are cut."""
     found: dict[str, str] = {}
-    effective = {key: value for key, value in record.effective.items() if key != "devices"}
-    for key, value in [*_flatten(record.requested), *_flatten({"effective": effective})]:
+    effective = {
+        key: value for key, value in record.effective.items() if key not in ("devices", "attention_probe")
+    }
+    for key, value in [*flatten(record.requested), *flatten({"effective": effective})]:
         found.setdefault(clean_key(key), cut(without_password(as_text(value)), MAX_PARAM))
     return found
 
@@ -117,7 +121,7 @@ def points_of(record: Record) -> Iterator[Point]:
     start, end = start_ms(record), end_ms(record)
     for key, value in metrics_of(record).items():
         yield Point(key, value, end, 0)
-    for key, samples in _flatten(record.samples):
+    for key, samples in flatten(record.samples):
         if isinstance(samples, (list, tuple)):
             for step, value in enumerate(samples):
                 if _is_finite(value):
@@ -199,14 +203,14 @@ def gibibytes(value: float) -> str:
     return f"{value:.1f} GiB" if value >= 0.95 else f"{_three_digits(value * 1024)} MiB"
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of nested mappings with dotted keys; lists are leaves, unless they hold mappings."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten(inner, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
         for index, inner in enumerate(value):
-            yield from _flatten(inner, f"{prefix}.{index}" if prefix else str(index))
+            yield from flatten(inner, f"{prefix}.{index}" if prefix else str(index))
     else:
         yield prefix, value
 
@@ -250,6 +254,11 @@ def _is_finite(value: Any) -> bool:
 
 def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 cell`, `3 cells`."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def cut(text: str, limit: int) -> str:

@@ -1,6 +1,7 @@
 """Import records into MLflow: after a dead server, from a GPU node without network, or into another store.
 
-A record that is there already is left alone, so a whole tree can be imported again and again.
+A record that is there already is left alone, so a whole tree can be imported again and again. Each sweep in it gets
+its report and its summary run, which replaces an older one.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 from wanexp.config import TrackingConfig
 from wanexp.errors import UserError
 from wanexp.record import FILE_NAME, read_record
+from wanexp.report.finish import finish_sweep
 from wanexp.tracking.mlflow_store import track
 
 
@@ -22,6 +24,12 @@ def find_records(paths: Sequence[Path]) -> Iterator[Path]:
             yield from sorted(path.rglob(FILE_NAME))
         else:
             yield path
+
+
+def sweep_folders(paths: Sequence[Path]) -> list[Path]:
+    """Folders of whole sweeps among `paths` and below them."""
+    trees = [path for path in paths if path.is_dir()]
+    return sorted({found.parent for tree in trees for found in tree.rglob("sweep.json")})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         states[tracked.state] += 1
         detail = tracked.lines[0] if tracked.state == "failed" else tracked.run_url or ""
         print(f"{tracked.state:8} {path}  {detail}", flush=True)
+    for folder in sweep_folders(options.paths):
+        print(*finish_sweep(folder, tracking), sep="\n")
     print(f"{states['logged']} logged, {states['present']} already there, {states['failed']} failed")
     return 1 if states["failed"] else 0
 

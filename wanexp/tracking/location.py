@@ -1,12 +1,14 @@
 """Where the MLflow store is, and how the tools beside the main job are called. Needs no mlflow."""
 
+import json
 import os
 import shlex
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
 from wanexp.errors import UserError
 
@@ -15,6 +17,7 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 UI_HOST = "127.0.0.1"
 UI_PORT = 5000
 WORKFLOW = "workflowType=machine_learning"  # without it MLflow's UI opens on an empty GenAI page
+VIEW_KEY = "wanexp"  # of the shared view in tracking/view.py
 SCRIPTS = Path(__file__).parents[2] / "scripts"  # in a source tree; a wheel has the modules only
 
 
@@ -51,6 +54,25 @@ def run_link(uri: str, experiment_id: str, run_id: str) -> str | None:
     """The page of one run: on the server, or on the one that the UI script starts; None for other stores."""
     base = _ui_base(uri)
     return base and f"{base}/#/experiments/{experiment_id}/runs/{run_id}?{WORKFLOW}"
+
+
+def sweep_link(uri: str, experiment_id: str, view: str) -> str | None:
+    """The table of runs on a shared view: the key of a sweep's."""
+    base = _ui_base(uri)
+    return base and runs_link(base, experiment_id, view=view)
+
+
+def charts_link(uri: str, experiment_id: str, view: str) -> str | None:
+    """The charts of a shared view."""
+    link = sweep_link(uri, experiment_id, view)
+    return link and f"{link}&compareRunsMode=CHART"
+
+
+def compare_link(uri: str, experiment_id: str, run_ids: Sequence[str]) -> str | None:
+    """The page that shows runs side by side."""
+    base = _ui_base(uri)
+    query = {"runs": json.dumps(list(run_ids)), "experiments": json.dumps([experiment_id])}
+    return base and f"{base}/#/compare-runs?{urlencode(query, quote_via=quote)}&{WORKFLOW}"
 
 
 def runs_link(base: str, experiment_id: str, *, view: str | None = None) -> str:

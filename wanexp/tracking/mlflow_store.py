@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from wanexp.tracking.location import (
     without_password,
 )
 from wanexp.tracking.markdown import description
-from wanexp.tracking.view import VIEW_TAG, view_state
+from wanexp.tracking.view import VIEW_TAG, quoted, view_state
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -45,13 +45,14 @@ EXPERIMENT_TAGS = {
     VIEW_TAG: view_state(),
 }
 COMPLETE_TAG = "wanexp.logged"  # set last: a run without it is half of one
-METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits
+METRICS_PER_CALL, PARAMS_PER_CALL = 899, 100  # MLflow's limits: 100 params, 1000 values of all kinds
 MAX_LOG_BYTES = 1 << 20  # larger logs of ranks stay in the run's folder
 LOCK_S = 60.0  # how long another process may hold the database
 ENVIRONMENT = {  # MLflow's settings where the user has none
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # its 7 block for four minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
@@ -112,7 +113,7 @@ def _track(record: Record, folder: Path, tracking: TrackingConfig, uri: str) -> 
         run = client.create_run(
             experiment_id,
             start_time=describe.start_ms(record) or round(time.time() * 1000),
-            tags={"wanexp.run_id": record.run_id},
+            tags=tags_with_note(record, folder),
             run_name=describe.run_name(record),
         )
         lines = _fill(client, run.info.run_id, record, folder, alive=lambda: _alive(uri, tracking.timeout_s))
@@ -125,9 +126,8 @@ def _fill(client: "MlflowClient", run_id: str, record: Record, folder: Path, *, 
     """Log everything into a fresh run and end it, whatever happens. Returns warnings."""
     end = describe.end_ms(record) or None
     try:
-        _log_values(client, run_id, record, folder)
         lines = _log_files(client, run_id, record, folder)
-        client.set_tag(run_id, COMPLETE_TAG, "complete")
+        _log_values(client, run_id, record)
         client.set_terminated(run_id, STATUS.get(record.outcome, "FAILED"), end)
     except BaseException as error:
         # A run that is left RUNNING stays so for ever. A server that went away would only cost time here.
@@ -141,20 +141,24 @@ def _fill(client: "MlflowClient", run_id: str, record: Record, folder: Path, *, 
     return lines
 
 
-def _log_values(client: "MlflowClient", run_id: str, record: Record, folder: Path) -> None:
-    """Tags, params and metrics, in as few calls as MLflow's limits allow."""
+def tags_with_note(record: Record, folder: Path) -> dict[str, str]:
+    """The record's tags and its description."""
+    command = tool_command("rerun.py", "wanexp.rerun", folder / FILE_NAME)
+    return {**describe.tags_of(record), "mlflow.note.content": description(record, rerun=command)}
+
+
+def _log_values(client: "MlflowClient", run_id: str, record: Record) -> None:
+    """Params and metrics, in as few calls as MLflow's limits allow (each is several commits); then the run is whole."""
     from mlflow.entities import Metric, Param, RunTag
 
-    command = tool_command("rerun.py", "wanexp.rerun", folder / FILE_NAME)
-    note = {"mlflow.note.content": description(record, rerun=command)}
-    tags = [RunTag(key, value) for key, value in {**describe.tags_of(record), **note}.items()]
-    client.log_batch(run_id, tags=tags)
-    params = (Param(key, value) for key, value in describe.params_of(record).items())
-    for param_batch in _chunks(params, PARAMS_PER_CALL):
-        client.log_batch(run_id, params=param_batch)
-    metrics = (Metric(*point) for point in describe.points_of(record))
-    for metric_batch in _chunks(metrics, METRICS_PER_CALL):
-        client.log_batch(run_id, metrics=metric_batch)
+    params = _chunks(
+        (Param(key, value) for key, value in describe.params_of(record).items()), PARAMS_PER_CALL
+    )
+    metrics = _chunks((Metric(*point) for point in describe.points_of(record)), METRICS_PER_CALL)
+    calls = list(zip_longest(params, metrics, fillvalue=())) or [((), ())]
+    for place, (some_params, some_metrics) in enumerate(calls, 1):
+        tags = [RunTag(COMPLETE_TAG, "complete")] if place == len(calls) else []
+        client.log_batch(run_id, metrics=some_metrics, params=some_params, tags=tags)
 
 
 def _log_files(client: "MlflowClient", run_id: str, record: Record, folder: Path) -> list[str]:
@@ -171,7 +175,7 @@ def _log_files(client: "MlflowClient", run_id: str, record: Record, folder: Path
                 as_json = name.endswith(".json")
                 text = json.dumps(content, indent=1) if as_json else yaml.safe_dump(content, sort_keys=False)
                 (draft / name).write_text(text)
-            client.log_artifact(run_id, str(draft / name))
+        client.log_artifacts(run_id, str(draft))
     files, lines = artifact_files(record, folder)
     for relative in files:
         parent = relative.parent.as_posix()
@@ -226,9 +230,8 @@ def _experiment(client: "MlflowClient", name: str, database: Path | None) -> str
 
 def _find(client: "MlflowClient", experiment_id: str, record_id: str) -> str | None:
     """The whole MLflow run of this record, if any; halves of one are deleted."""
-    quoted = record_id.replace('"', "")
     whole = None
-    for run in client.search_runs([experiment_id], f'tags.`wanexp.run_id` = "{quoted}"'):
+    for run in client.search_runs([experiment_id], f"tags.`wanexp.run_id` = {quoted(record_id)}"):
         if run.data.tags.get(COMPLETE_TAG) and run.info.status != "RUNNING":
             whole = run.info.run_id
         else:

@@ -24,6 +24,7 @@ from wanexp.errors import UserError
 from wanexp.tracking.location import (
     UI_HOST,
     UI_PORT,
+    VIEW_KEY,
     is_http,
     resolve_uri,
     runs_link,
@@ -31,7 +32,7 @@ from wanexp.tracking.location import (
     sqlite_path,
     without_password,
 )
-from wanexp.tracking.view import VIEW_KEY, VIEW_TAG
+from wanexp.tracking.view import VIEW_TAG
 
 START_S = 90.0  # a server is up after about 8 s; a cold disk takes longer
 SERVER_ENVIRONMENT = {

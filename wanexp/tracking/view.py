@@ -1,13 +1,18 @@
-"""The columns with which MLflow's table of runs opens.
+"""How MLflow's page of runs opens: columns, the filter of a sweep, and charts.
 
 MLflow shows none of a run's numbers until its reader picks columns. What its "share" button stores, the state
-of the page in a tag of the experiment, we can store just as well: a link with the key opens on these columns.
+of the page in a tag of the experiment, we can store just as well: a link with the key opens on that state. A link
+with a filter of its own loses it, so each sweep has a view that holds its filter.
 """
 
+import hashlib
 import json
+from typing import Any
 
-VIEW_KEY = "wanexp"
-VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
+from wanexp.tracking.location import VIEW_KEY
+
+VIEW_PREFIX = "mlflow.sharedViewState."
+VIEW_TAG = VIEW_PREFIX + VIEW_KEY
 COLUMNS = {  # in this order -> width in pixels
     "attributes.`Run Name`": 420,
     "runDateAndNestInfo": 130,
@@ -24,7 +29,69 @@ COLUMNS = {  # in this order -> width in pixels
 }
 
 
-def view_state() -> str:
-    """Value of VIEW_TAG: a part of the page's state as JSON; what it leaves out takes MLflow's defaults."""
+CHARTS = (  # metrics that get a bar chart, in this order
+    "latency/step_ms",
+    "throughput/videos_per_hour",
+    "memory/peak_allocated_gib",
+    "energy/joules_per_step",
+)
+MAX_BARS = 20
+
+
+def view_state(query: str | None = None) -> str:
+    """Value of a shared view's tag: a part of the page's state as JSON; what it leaves out takes MLflow's defaults.
+
+    query: the filter of runs.
+    """
     selected = [column for column in COLUMNS if column.startswith(("metrics.", "tags."))]
-    return json.dumps({"selectedColumns": selected, "columnOrder": list(COLUMNS), "columnWidths": COLUMNS})
+    state: dict[str, Any] = {
+        "selectedColumns": selected,
+        "columnOrder": list(COLUMNS),
+        "columnWidths": COLUMNS,
+    }
+    if query:
+        state |= {"searchFilter": query, "orderByKey": "metrics.`latency/step_ms`", "orderByAsc": True}
+    return json.dumps(state | charts_state())
+
+
+def charts_state() -> dict[str, Any]:
+    """The bar charts of the chart view, in one section."""
+    section = "wanexp"
+    charts = [
+        {
+            "type": "BAR",
+            "uuid": f"wanexp-{place}",
+            "metricSectionId": section,
+            "metricKey": metric,
+            "runsCountToCompare": MAX_BARS,
+            "deleted": False,
+            "isGenerated": False,
+        }
+        for place, metric in enumerate(CHARTS)
+    ]
+    sections = [
+        {"uuid": section, "name": "Key figures", "display": True, "isReordered": False, "deleted": False}
+    ]
+    return {
+        "compareRunCharts": charts,
+        "compareRunSections": sections,
+        "runsHiddenMode": "FIRST_20_RUNS",
+        "isAccordionReordered": True,  # else sections are sorted by name
+        "autoRefreshEnabled": False,
+    }
+
+
+def sweep_view_key(sweep_id: str) -> str:
+    """Key of the view of one sweep: a tag's name allows fewer characters than a sweep's."""
+    return f"{VIEW_KEY}-{hashlib.sha256(sweep_id.encode()).hexdigest()[:12]}"
+
+
+def sweep_view(sweep_id: str) -> tuple[str, str]:
+    """Tag and value of the view of one sweep: its runs, on our columns and charts, without its summary run."""
+    query = f"tags.sweep_id = {quoted(sweep_id)} AND tags.mode != 'summary'"
+    return VIEW_PREFIX + sweep_view_key(sweep_id), view_state(query)
+
+
+def quoted(value: str) -> str:
+    """`value` as a string of MLflow's query language, which has no escapes."""
+    return '"' + value.replace('"', "") + '"'

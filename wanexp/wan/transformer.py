@@ -15,14 +15,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wanexp.errors import UserError
+from wanexp.wan import fused
 from wanexp.wan.architecture import PATCH_SIZE, WanArchitecture
 from wanexp.wan.attention import attention_function
 from wanexp.wan.block import (
     Attention,
+    CrossAttention,
+    FeedForward,
     Fp32LayerNorm,
     Fp32Linear,
     WanBlock,
     modulated_norm,
+    set_fused,
 )
 from wanexp.wan.rope import Rope, RopeCache
 
@@ -31,6 +35,8 @@ IMAGE_NORM_EPS = 1e-5  # the norms of img_emb keep PyTorch's default, unlike all
 
 class Head(nn.Module):
     """The final norm, modulated by the time vector itself, and the projection to patches of the output."""
+
+    is_fused = False
 
     def __init__(self, architecture: WanArchitecture, dtype: torch.dtype) -> None:
         super().__init__()
@@ -48,7 +54,8 @@ class Head(nn.Module):
         [distinct timesteps, dim].
         """
         shift, scale = (self.modulation.float() + time_vector.unsqueeze(1)).unbind(1)
-        normed = modulated_norm(hidden_states, shift, scale, timestep_index, self.head.weight.dtype)
+        norm = fused.modulated_norm if self.is_fused else modulated_norm
+        normed = norm(hidden_states, shift, scale, timestep_index, self.head.weight.dtype)
         return self.head(normed).float()
 
 
@@ -149,15 +156,35 @@ class WanTransformer(nn.Module):
         self._rope = RopeCache(architecture.head_dim)
         self.num_blocks_run = architecture.num_layers  # fewer inside first_blocks()
 
-    def set_attention(self, kernel_name: str) -> None:
-        """Use this kernel in every attention; names as of `attention_function`. Raises UserError for others.
+    def set_attention(self, kernel_name: str, cross_kernel_name: str | None = None) -> None:
+        """Use this kernel in every self-attention, the other (or the same) in every cross-attention.
 
-        Replaces `attend` everywhere, so it comes before a parallel mode that wraps it.
+        Names as of `attention_function`; raises UserError for others. Replaces `attend` everywhere, so it comes before
+        a parallel mode that wraps it.
         """
-        attend = attention_function(kernel_name)
+        attend, cross_attend = (
+            attention_function(name) for name in (kernel_name, cross_kernel_name or kernel_name)
+        )
         for module in self.modules():
             if isinstance(module, Attention):
-                module.attend = attend
+                module.attend = cross_attend if isinstance(module, CrossAttention) else attend
+
+    def set_kernels(self, name: str) -> None:
+        """Compute what lies between the matrix products in plain `torch`, or in one pass each by `triton`.
+
+        name: as `fused.choose_kernels` gives it, for inference only if `triton`.
+        """
+        if name not in ("triton", "torch"):
+            raise ValueError(f"kernels are triton or torch, as choose_kernels decides; found {name!r}")
+        set_fused(self, name == "triton")
+
+    def set_ffn_chunks(self, num_chunks: int) -> None:
+        """Run each FFN over this many runs of tokens, one after the other. Raises UserError for less than 1."""
+        if num_chunks < 1:
+            raise UserError(f"ffn_chunks is 1 (all tokens at once) or more; found {num_chunks}")
+        for module in self.modules():
+            if isinstance(module, FeedForward):
+                module.num_chunks = num_chunks
 
     def embed_text(self, text: Tensor, clip_features: Tensor | None = None) -> Tensor:
         """The context of all blocks, constant over the steps of one video: compute it once and pass it on.
@@ -282,7 +309,8 @@ class WanTransformer(nn.Module):
                     preserve_rng_state=False,
                 )
             else:
-                pending.hidden_states = block(pending.hidden_states, *pending.inputs)
+                # The hidden states of a forward are its own: nobody sees those between two blocks.
+                pending.hidden_states = block(pending.hidden_states, *pending.inputs, in_place=True)
 
     def finish(self, pending: Pending) -> Tensor:
         """The part of `forward` after the blocks."""

@@ -1,0 +1,141 @@
+"""Cells from records: repeats grouped, names that tell them apart, what is absent, light memory."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.report.made_up import record_of, scaling_sweep, write_sweep
+from wanexp.config import MODES
+from wanexp.errors import UserError
+from wanexp.record import Record
+from wanexp.report.cells import Run
+from wanexp.report.collect import MAX_POINTS, lighten, make_cells, read_sweep
+from wanexp.report.modes import STYLES
+
+
+def cells_of(*records: Record):
+    return make_cells([Run(record) for record in records])
+
+
+def test_every_mode_has_a_style_of_its_own() -> None:
+    assert set(STYLES) == set(MODES)
+    for field in ("colour", "marker"):
+        values = [getattr(style, field) for style in STYLES.values()]
+        assert len(set(values)) == len(values)
+
+
+def test_a_sweep_from_its_folder(tmp_path: Path) -> None:
+    sweep = read_sweep(write_sweep(tmp_path / "s", scaling_sweep(2)))
+    assert sweep.sweep_id == "s"
+    by_label = {cell.label: cell for cell in sweep.cells}
+    assert len(by_label) == len(sweep.cells) == 22
+    assert len(by_label["context_parallel, 4 GPUs"].runs) == 2
+    assert by_label["distributed, 8 GPUs"].outcome == "oom"
+    skipped, waiting = by_label["cfg_parallel, 4 GPUs"], by_label["cfg_parallel, 8 GPUs"]
+    assert (skipped.outcome, skipped.runs) == ("skipped", []) and "two devices" in skipped.reason
+    assert waiting.outcome == "waiting"
+    assert {cell.setting for cell in sweep.cells} == {"wan2.1_t2v_14b 480p"}
+    assert by_label["fsdp, 4 GPUs"].kind == "throughput"
+    assert by_label["fsdp, 4 GPUs"].videos_per_hour == pytest.approx(44.3, rel=0.02)
+    assert by_label["none, 1 GPU"].capacity_gib("gpu0") == 139.8
+
+
+def test_the_newer_sweep_json_is_read_too(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", [record_of("none", 1)])
+    document = json.loads((folder / "sweep.json").read_text())
+    document["runs"] = document.pop("cells")
+    document["runs"][1]["reason"] = document["runs"][1].pop("message")
+    (folder / "sweep.json").write_text(json.dumps(document))
+    assert [cell.outcome for cell in read_sweep(folder).cells] == ["finished", "skipped", "waiting"]
+    assert "two devices" in read_sweep(folder).cells[1].reason
+
+
+def test_a_repeat_that_is_missing_is_no_cell(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", [record_of("none", 1), record_of("fsdp", 2)], absent=False)
+    document = json.loads((folder / "sweep.json").read_text())
+    first, second = document["cells"]
+    missing = {"outcome": None, "repeat": 2}
+    third = {"index": 2, "cell": "c", "overrides": ["parallelism=hybrid"], "folder": "2"}
+    document["cells"] = [
+        second | {"cell": "b"},  # cheap cells ran first
+        first | {"cell": "a"},
+        first | missing | {"cell": "a", "folder": "000_repeat2"},
+        third | {"outcome": None},
+        third | missing | {"folder": "2_repeat2"},
+    ]
+    (folder / "sweep.json").write_text(json.dumps(document | {"state": "interrupted"}))
+    sweep = read_sweep(folder)
+    assert [(cell.mode, cell.outcome) for cell in sweep.cells] == [
+        ("none", "finished"),
+        ("fsdp", "finished"),
+        ("hybrid", "waiting"),
+    ]
+
+
+def test_a_tree_without_sweep_json(tmp_path: Path) -> None:
+    for index, mode in enumerate(("none", "data_parallel")):
+        (tmp_path / "runs" / str(index)).mkdir(parents=True)
+        record_of(mode, 1).write(tmp_path / "runs" / str(index))
+    assert [cell.mode for cell in read_sweep(tmp_path / "runs").cells] == ["none", "data_parallel"]
+
+
+def test_unreadable_sweeps_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no folder"):
+        read_sweep(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no record\.json"):
+        read_sweep(tmp_path)
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(UserError, match="not readable"):
+        read_sweep(tmp_path)
+
+
+def test_labels_name_what_varies() -> None:
+    records = [record_of("none", 1, attention=kernel) for kernel in ("sdpa_math", "sdpa_flash")]
+    assert [c.label for c in cells_of(*records)] == [
+        "none, 1 GPU, attention=sdpa_math",
+        "none, 1 GPU, attention=sdpa_flash",
+    ]
+    degrees = [
+        record_of("context_parallel", 4, parallelism={"mode": "context_parallel", "ring": n}) for n in (1, 2)
+    ]
+    assert [c.options for c in cells_of(record_of("none", 1), *degrees)] == [
+        "",
+        "",
+        "ring=2",
+    ]
+
+
+def test_cells_of_one_name_are_told_apart_by_their_gpus() -> None:
+    first, second = record_of("none", 1), record_of("none", 1, gpus=[1])
+    second.effective["devices"][0]["label"] = "gpu1"
+    assert [c.label for c in cells_of(first, second)] == ["none, 1 GPU, gpu0", "none, 1 GPU, gpu1"]
+    assert [c.options for c in cells_of(first, second)] == ["", ""]  # so that one is compared with the other
+
+
+def test_where_results_go_makes_no_other_cell() -> None:
+    records = [record_of("none", 1, sweep_name=name, tracking={"uri": name}) for name in ("a", "b")]
+    (cell,) = cells_of(*records)
+    assert len(cell.runs) == 2
+
+
+def test_one_finished_run_is_enough() -> None:
+    (cell,) = cells_of(record_of("none", 1, outcome="timeout"), record_of("none", 1, repeat=1))
+    assert (cell.outcome, len(cell.steps_ms), cell.reason) == ("finished", 1, "")
+
+
+def test_telemetry_that_nobody_draws_is_dropped() -> None:
+    record = record_of("none", 1)
+    record.telemetry = {
+        "gpu0/power_w": [[0.0, 1.0]] * 9,
+        "gpu0/memory_used_gib": [[float(i), 1.0] for i in range(99_999)],
+    }
+    light = lighten(record)
+    assert list(light.telemetry) == ["gpu0/memory_used_gib"]
+    assert len(light.telemetry["gpu0/memory_used_gib"]) == MAX_POINTS
+
+
+def test_a_record_with_nothing_in_it() -> None:
+    (cell,) = cells_of(Record(run_id="r", name="n", started="", requested={}))
+    assert (cell.label, cell.outcome, cell.interval, cell.peak_gib) == ("n", "failed", None, None)
+    assert cell.videos_per_hour is None

@@ -1,0 +1,239 @@
+"""Figures, both pages, and the command: what stands in them, and what a hostile record cannot do to them."""
+
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.report.made_up import record_of, scaling_sweep, write_sweep
+from wanexp.record import OUTCOMES, Record
+from wanexp.report import command, figures_memory, figures_speed
+from wanexp.report.cells import Cell, Run, Sweep
+from wanexp.report.collect import make_cells
+from wanexp.report.compose import compose, draw, single_run
+from wanexp.report.drawing import MAX_ROWS, Drawn
+from wanexp.report.page import escape_markdown, to_html, to_markdown
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
+EVIL = "<script>alert(1)</script> ![x](http://evil/x.png) | `code` *bold* </td> &amp; <img src=http://evil/y> $\\frac$"
+
+
+def cells_of(records: list[Record]) -> list[Cell]:
+    return make_cells([Run(record) for record in records])
+
+
+def texts_of(drawn: Drawn | None) -> str:
+    """Everything written in a figure: matplotlib keeps each text as a comment beside its outlines."""
+    assert drawn is not None
+    return " ".join(re.findall(r"<!-- (.*?) -->", drawn.svg.decode()))
+
+
+@pytest.fixture(scope="module")
+def every_figure() -> list[Drawn]:
+    return draw(cells_of(scaling_sweep(3)), None)
+
+
+def small_sweep(**changes: Any) -> list[Record]:
+    """Six cells with three runs each."""
+    modes = [
+        ("none", 1),
+        ("data_parallel", 2),
+        *(("context_parallel", n) for n in (2, 4)),
+        ("fsdp", 2),
+        ("fsdp", 4),
+    ]
+    return [record_of(mode, count, repeat=repeat, **changes) for repeat in range(3) for mode, count in modes]
+
+
+def test_a_sweep_over_gpus_has_every_figure(every_figure: list[Drawn]) -> None:
+    names = [drawn.name for drawn in every_figure]
+    assert names == [
+        "scaling_latency",
+        "scaling_throughput",
+        "times_latency",
+        "times_throughput",
+        "peaks",
+        "tradeoff_latency",
+        "tradeoff_throughput",
+        "memory_over_time",
+        "prediction",
+        "energy",
+    ]
+    for drawn in every_figure:
+        assert drawn.png.startswith(b"\x89PNG")
+        ElementTree.fromstring(drawn.svg)
+        assert drawn.alt and drawn.title
+
+
+def test_figures_are_the_same_twice() -> None:
+    first, second = (figures_speed.times(cells_of(small_sweep()), "latency") for _ in range(2))
+    assert first is not None and first == second
+
+
+def test_latency_and_throughput_modes_share_no_axis() -> None:
+    cells = cells_of(scaling_sweep(1))
+    for name in ("scaling", "times", "tradeoff"):
+        module = figures_memory if name == "tradeoff" else figures_speed
+        latency, throughput = (
+            texts_of(getattr(module, name)(cells, kind)) for kind in ("latency", "throughput")
+        )
+        assert "context_parallel" in latency and "data_parallel" not in latency
+        assert "data_parallel" in throughput and "context_parallel" not in throughput
+
+
+def test_subtitles_say_hardware_settings_and_n(every_figure: list[Drawn]) -> None:
+    for drawn in every_figure:
+        text = texts_of(drawn)
+        assert "MADE-UP H200" in text and "wan2.1_t2v_14b 480p, bf16" in text
+        assert "n = 3 runs x 5 steps a cell" in text
+
+
+def test_out_of_memory_is_drawn() -> None:
+    cells = cells_of(scaling_sweep(1))
+    for drawn in (
+        figures_speed.scaling(cells, "throughput"),
+        figures_speed.times(cells, "throughput"),
+        figures_memory.peaks(cells),
+        figures_memory.tradeoff(cells, "throughput"),
+    ):
+        assert "out of memory" in texts_of(drawn)
+
+
+def test_no_price_no_cost() -> None:
+    assert "USD" in texts_of(figures_speed.energy(cells_of(scaling_sweep(1))))
+    assert "USD" not in texts_of(figures_speed.energy(cells_of(scaling_sweep(1, usd_per_gpu_hour=None))))
+
+
+def test_many_rows_are_cut_and_said() -> None:
+    records = [record_of("context_parallel", 2, seed=i, attention=f"kernel{i}") for i in range(MAX_ROWS + 5)]
+    assert f"first {MAX_ROWS} of {MAX_ROWS + 5} cells" in texts_of(
+        figures_speed.times(cells_of(records), "latency")
+    )
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_any_outcome_makes_a_page(outcome: str) -> None:
+    records = [Record(run_id="r", name="n", started="", requested={}, outcome=outcome)]
+    records.append(record_of("none", 1, outcome=outcome))
+    report = compose(Sweep("s", cells_of(records)))
+    assert "<h1>Sweep s</h1>" in to_html(report.title, report.blocks)
+    assert to_markdown(report.blocks).startswith("# Sweep s")
+
+
+class Loads(HTMLParser):
+    """Collects tags, and every address that a browser would fetch or follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+
+def test_the_page_loads_nothing_and_runs_nothing() -> None:
+    records = scaling_sweep(1)
+    evil = record_of("fsdp", 2, repeat=1, attention=EVIL)
+    evil.outcome, evil.message, evil.warnings = "failed", EVIL, [EVIL]
+    evil.overrides, evil.environment["host"]["name"] = [EVIL], EVIL
+    report = compose(Sweep(EVIL, cells_of([*records, evil])))
+    page = to_html(report.title, report.blocks)
+    parser = Loads()
+    parser.feed(page)
+    assert not parser.tags & {"script", "link", "iframe", "object", "embed", "a", "form", "base", "svg"}
+    assert parser.addresses and all(a.startswith("data:image/svg+xml;base64,") for a in parser.addresses)
+    assert "Content-Security-Policy" in page and "default-src &#x27;none" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    markdown = re.sub(r"(?ms)^(`{3,})$.*?^\1$", "", to_markdown(report.blocks))  # in code nothing acts
+    assert "<script" not in markdown and "<img" not in markdown
+    assert not re.search(r"(?<!\\)\]\(http", markdown)
+
+
+def test_markdown_escapes() -> None:
+    assert escape_markdown("a|b *c* [d](e) <f> `g`\nh") == "a\\|b \\*c\\* \\[d\\](e) &lt;f&gt; \\`g\\` h"
+    assert escape_markdown("block_distribution _x_") == "block_distribution \\_x\\_"
+
+
+def test_the_command_writes_both_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_sweep(tmp_path / "s", scaling_sweep(1))
+    (folder / "figures").mkdir()
+    (folder / "figures" / "old.png").write_text("of a report before")
+    assert command.main([str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Fastest: context_parallel, 8 GPUs") and "report.html" in said
+    page, markdown = ((folder / name).read_text() for name in ("report.html", "report.md"))
+    for text in (page, markdown):
+        assert text.index("Fastest") < text.index("speed-up")  # the answer comes first
+        assert "19 of 22 cells finished, 1 oom, 1 skipped, 1 waiting" in text
+        assert "write gpus=\\[0,1\\]" in text or "write gpus=[0,1]" in text
+        assert "NVLink" in text and "2.11.0+cu130" in text and "MADE-UP CPU" in text
+        assert "rerun.py" in text
+    assert not (folder / "figures" / "old.png").exists()
+    links = re.findall(r"\]\((figures/.*?\.png)\)", markdown)
+    assert len(links) == 10 and all((folder / link).is_file() for link in links)
+    assert page.count("<img") == 10
+
+
+def test_cells_that_never_ran_are_repeated_by_their_overrides(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", scaling_sweep(1))
+    assert command.main([str(folder)]) == 0
+    line = "python -m wanexp parallelism=cfg_parallel 'gpus=[0,1,2,3]' model=wan2.1_t2v_14b"
+    assert line in (folder / "report.md").read_text()
+    assert single_run(["+sweep=modes", "sweep_name=x", "gpus=[0]", "hydra.mode=MULTIRUN"]) == ["gpus=[0]"]
+
+
+def test_against_an_older_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = write_sweep(tmp_path / "old", small_sweep())
+    same = write_sweep(tmp_path / "same", small_sweep(seed=1))
+    slow = write_sweep(tmp_path / "slow", small_sweep(seed=1, slowdown=1.2))
+    assert command.main([str(same), "--against", str(old)]) == 0
+    assert "Against old: no regression" in capsys.readouterr().out
+    assert command.main([str(slow), "--against", str(old)]) == 1
+    assert capsys.readouterr().out.count("Regression: ") == 6
+    assert "slower: +2" in (slow / "report.md").read_text()
+
+
+def test_against_says_that_the_machine_changed(tmp_path: Path) -> None:
+    old, now = small_sweep(), small_sweep()
+    for record in old:
+        record.environment["driver"] = "535.0"
+    folders = [write_sweep(tmp_path / name, records) for name, records in (("old", old), ("now", now))]
+    assert command.main([str(folders[1]), "--against", str(folders[0])]) == 0
+    assert "driver: 535.0 before, 580.0 now" in (folders[1] / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "there is no folder"),
+        (["s", "--baseline", "x"], "no cell is called"),
+        (["s", "--against", "y"], "y is no folder here, and there is no MLflow store"),
+    ],
+)
+def test_user_errors_are_one_line(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    write_sweep(tmp_path / "s", [record_of("none", 1)])
+    assert command.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and re.search(said, line)
+
+
+def test_the_script_runs_from_any_folder(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--against" in done.stdout
+    assert os.access(SCRIPT, os.X_OK)

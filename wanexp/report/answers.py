@@ -1,0 +1,191 @@
+"""What a sweep says: baseline, verdicts, the best cells, energy and cost, what changed since an older sweep. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wanexp.errors import UserError
+from wanexp.measure.comparison import Comparison, compare, compare_all
+from wanexp.report.cells import Cell, Sweep
+from wanexp.report.collect import settings_of
+from wanexp.report.modes import LATENCY, THROUGHPUT
+from wanexp.tracking import describe
+from wanexp.tracking.describe import gibibytes, milliseconds
+
+JOULES_PER_WH = 3600.0
+
+
+@dataclass(frozen=True)
+class Change:
+    """A cell of the new sweep beside the same of the old one. comparison: None where one of them has no times."""
+
+    cell: Cell
+    before: Cell
+    comparison: Comparison | None
+
+    @property
+    def is_regression(self) -> bool:
+        """Slower, or no longer finished."""
+        lost = self.before.is_finished and self.cell.outcome not in ("finished", "waiting", "skipped")
+        return lost or (self.comparison is not None and self.comparison.verdict == "slower")
+
+
+def check_baseline(cells: Sequence[Cell], wanted: str) -> None:
+    """Raise UserError where no cell is called so."""
+    labels = sorted({cell.label for cell in cells} | {cell.mode for cell in cells})
+    if wanted not in labels:
+        raise UserError(f"no cell is called '{wanted}'; write --baseline with one of: {'; '.join(labels)}")
+
+
+def baseline_of(cell: Cell, cells: Sequence[Cell], wanted: str | None = None) -> Cell | None:
+    """What `cell` is compared with, among `cells` of its setting that finished.
+
+    Mode none with the same options, else mode none, else the cell with the fewest devices (where one device is too
+    small for the model). wanted: a label or mode instead of these.
+    """
+    finished = [other for other in cells if other.is_finished and other.steps_ms]
+    if wanted is not None:
+        return next((other for other in finished if wanted in (other.label, other.mode)), None)
+    alone = [other for other in finished if other.mode == "none"]
+    alike = [other for other in alone if other.options == cell.options]
+    if alike or alone:
+        return (alike or alone)[0]
+    return min(finished, key=lambda o: (o.options != cell.options, o.num_devices), default=None)
+
+
+def verdicts(cells: Sequence[Cell], wanted: str | None = None) -> dict[int, Comparison]:
+    """For each finished cell, by its place, the verdict against its baseline; none for a baseline itself."""
+    pairs = [
+        (index, base, cell)
+        for index, cell in enumerate(cells)
+        if cell.is_finished
+        and cell.steps_ms
+        and (base := baseline_of(cell, cells, wanted)) not in (None, cell)
+    ]
+    return {
+        index: compare(base.times_ms(cell.kind), cell.times_ms(cell.kind), comparisons=len(pairs))
+        for index, base, cell in pairs
+        if base
+    }
+
+
+def gain(base: Cell, cell: Cell) -> float:
+    """Speed-up of a latency mode, throughput ratio of a throughput mode."""
+    return base.time_ms(cell.kind) / cell.time_ms(cell.kind)
+
+
+def efficiency(base: Cell, cell: Cell) -> float:
+    """The gain over the ratio of devices: 1 is ideal."""
+    return gain(base, cell) * base.num_devices / cell.num_devices
+
+
+def energy_wh(cell: Cell) -> float | None:
+    """Of one video, all GPUs together; None without telemetry, and for training."""
+    joules, hourly = cell.metric("energy/joules_per_step"), cell.videos_per_hour
+    if joules is None or hourly is None:
+        return None
+    videos_per_step = hourly * cell.time_ms(LATENCY) / 3_600_000
+    return joules / videos_per_step / JOULES_PER_WH
+
+
+def cost_usd(cell: Cell) -> float | None:
+    """Of one video: GPU hours times `hardware.usd_per_gpu_hour`; None where there is no price."""
+    price = describe.mapping(cell.record.requested.get("hardware")).get("usd_per_gpu_hour")
+    if not price or cell.on_cpu or not cell.videos_per_hour:
+        return None
+    return float(price) * cell.num_devices / cell.videos_per_hour
+
+
+def pareto(cells: Sequence[Cell], kind: str) -> list[Cell]:
+    """Cells that no other beats in both time and peak memory, least memory first. All must have both."""
+    front: list[Cell] = []
+    for cell in sorted(cells, key=lambda c: (c.peak_gib or 0.0, c.time_ms(kind))):
+        if not front or cell.time_ms(kind) < front[-1].time_ms(kind):
+            front.append(cell)
+    return front
+
+
+def answers(cells: Sequence[Cell], wanted: str | None = None) -> list[tuple[str, str]]:
+    """The sweep in a few lines, for the cells of one setting: what is fastest, leanest, and of most throughput."""
+    finished = [cell for cell in cells if cell.is_finished and cell.steps_ms]
+    if not finished:
+        count = describe.plural(len(cells), "cell")
+        return [("No answer", f"none of {count} finished; see what became of them below")]
+    found = [("Fastest", _fastest([c for c in finished if c.kind == LATENCY] or finished, cells, wanted))]
+    measured = [cell for cell in finished if cell.peak_gib is not None]
+    if measured:
+        leanest = min(measured, key=lambda c: c.peak_gib or 0.0)
+        base = baseline_of(leanest, cells, wanted)
+        text = f"{leanest.label}: {gibibytes(leanest.peak_gib or 0.0)} on the fullest device"
+        if base not in (None, leanest) and base and base.peak_gib:
+            text += f", {(leanest.peak_gib or 0.0) / base.peak_gib:.0%} of {base.label}"
+        found.append(("Least memory", text))
+    best = min(finished, key=lambda c: c.time_ms(THROUGHPUT))
+    found.append(("Best throughput", _throughput_answer(best, cells, wanted)))
+    costs = [(cost, cell) for cell in finished if (cost := cost_usd(cell)) is not None]
+    if costs:
+        cost, cell = min(costs, key=lambda pair: pair[0])
+        found.append(("Cheapest", f"{cell.label}: {cost:.3g} USD a video"))
+    return found
+
+
+def _fastest(candidates: Sequence[Cell], cells: Sequence[Cell], wanted: str | None) -> str:
+    """The cell of the shortest step; of those that are the same within noise, the one with the fewest devices."""
+    shortest = min(candidates, key=lambda c: c.time_ms(LATENCY))
+    others = [cell for cell in candidates if cell is not shortest]
+    verdict = {
+        id(cell): compare(shortest.steps_ms, cell.steps_ms, comparisons=len(others)).verdict
+        for cell in others
+    }
+    tied = [shortest, *(cell for cell in others if verdict[id(cell)] == "same")]
+    best = min(tied, key=lambda c: c.num_devices)
+    text = f"{best.label}: {milliseconds(best.time_ms(LATENCY))} a step"
+    base = baseline_of(best, cells, wanted)
+    if base not in (None, best) and base:
+        text += f", {gain(base, best):.2f}x {base.label}"
+    if len(tied) > 1:
+        text += f"; the same within noise: {_some([cell.label for cell in tied if cell is not best])}"
+    unclear = [cell.label for cell in others if verdict[id(cell)] in ("unclear", "faster")]
+    return text + (f"; not clearly slower: {_some(unclear)}" if unclear else "")
+
+
+def _throughput_answer(best: Cell, cells: Sequence[Cell], wanted: str | None) -> str:
+    hourly = best.videos_per_hour
+    a_second = 1000 / best.time_ms(THROUGHPUT)
+    amount = f"{hourly:.3g} videos/hour" if hourly else f"{a_second:.3g} samples/s"
+    base = baseline_of(best, cells, wanted)
+    if base in (None, best) or not base:
+        return f"{best.label}: {amount}"
+    ratio = base.time_ms(THROUGHPUT) / best.time_ms(THROUGHPUT)
+    return f"{best.label}: {amount}, {ratio:.2f}x {base.label}"
+
+
+def _some(labels: Sequence[str], limit: int = 3) -> str:
+    rest = len(labels) - limit
+    return "; ".join(labels[:limit]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def changes(now: Sweep, before: Sweep) -> list[Change]:
+    """Cells that both sweeps have: equal in every setting that both versions know."""
+    flats = [{id(cell): settings_of(cell.record) for cell in s.cells if cell.runs} for s in (now, before)]
+    known = (
+        set.intersection(*(set(flat) for side in flats for flat in side.values())) if all(flats) else set()
+    )
+
+    def key(cell: Cell, side: int) -> frozenset[tuple[str, str]]:
+        return frozenset((name, flats[side][id(cell)][name]) for name in known)
+
+    old = {key(cell, 1): cell for cell in reversed(before.cells) if cell.runs}
+    matched = [(cell, old[k]) for cell in now.cells if cell.runs and (k := key(cell, 0)) in old]
+    timed = [(cell, other) for cell, other in matched if cell.steps_ms and other.steps_ms]
+    found = compare_all([(other.times_ms(cell.kind), cell.times_ms(cell.kind)) for cell, other in timed])
+    comparisons = {id(cell): comparison for (cell, _), comparison in zip(timed, found, strict=True)}
+    return [Change(cell, other, comparisons.get(id(cell))) for cell, other in matched]
+
+
+def amount(cell: Cell) -> str:
+    """The number that a cell is compared by, `812 ms/step` or `22.1 videos/hour`."""
+    if not cell.steps_ms:
+        return cell.outcome
+    if cell.kind == THROUGHPUT and cell.videos_per_hour:
+        return f"{cell.videos_per_hour:.3g} videos/hour"
+    return f"{milliseconds(cell.time_ms(LATENCY))}/step"

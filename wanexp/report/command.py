@@ -1,0 +1,88 @@
+"""Write the report on a sweep: one HTML page, the same in Markdown, and its figures as PNG and SVG.
+
+With --against an older sweep it also says which cells got slower; noise alone hardly ever looks like that
+(docs/reviewing.md has the rates).
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from wanexp.config import TrackingConfig
+from wanexp.errors import UserError
+from wanexp.report.cells import Sweep
+from wanexp.report.collect import read_sweep
+from wanexp.report.compose import Report, compose
+from wanexp.report.page import to_html, to_markdown
+from wanexp.tracking.describe import clean_key
+
+HTML, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, 1 where a cell got worse than in the sweep of --against, 2 for a user error."""
+    parser = argparse.ArgumentParser(prog="report.py", description=__doc__)
+    parser.add_argument(
+        "sweep", nargs="?", type=Path, help="folder of a sweep, multirun/NAME, or a tree of records"
+    )
+    parser.add_argument("--mlflow", metavar="SWEEP_ID", help="take the sweep from MLflow instead of a folder")
+    parser.add_argument("--against", metavar="SWEEP", help="an older sweep: its folder, or its id in MLflow")
+    parser.add_argument("--baseline", help="the cell to compare with, by label or mode; default: mode none")
+    parser.add_argument(
+        "--out", type=Path, help="default: the folder of the sweep; from MLflow report_SWEEP_ID"
+    )
+    parser.add_argument("--uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else mlflow.db here")
+    parser.add_argument("--experiment", default=TrackingConfig.experiment, help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    if (options.sweep is None) == (options.mlflow is None):
+        parser.error("write the folder of a sweep, or --mlflow and its id")
+    tracking = TrackingConfig(uri=options.uri, experiment=options.experiment)
+    try:
+        sweep = read_sweep(options.sweep) if options.sweep else _from_mlflow(options.mlflow, tracking)
+        before = _older(options.against, tracking) if options.against else None
+        report = compose(sweep, before=before, baseline=options.baseline)
+        folder = options.out or options.sweep or Path(f"report_{clean_key(options.mlflow).replace('/', '_')}")
+        paths = write_report(report, folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for term, said in report.headline:
+        print(f"{term}: {said}")
+    for regression in report.regressions:
+        print(f"Regression: {regression}")
+    if before is not None and not report.regressions:
+        print(f"Against {before.sweep_id}: no regression")
+    print(*paths, sep="\n")
+    return 1 if report.regressions else 0
+
+
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """Both pages and the figures, into `folder`; figures of an older report that are no longer made are removed."""
+    figures = folder / FIGURES
+    figures.mkdir(parents=True, exist_ok=True)
+    for drawn in report.figures:
+        (figures / f"{drawn.name}.png").write_bytes(drawn.png)
+        (figures / f"{drawn.name}.svg").write_bytes(drawn.svg)
+    made = {drawn.name for drawn in report.figures}
+    for path in figures.iterdir():
+        if path.suffix in (".png", ".svg") and path.stem not in made:
+            path.unlink()
+    (folder / HTML).write_text(to_html(report.title, report.blocks))
+    (folder / MARKDOWN).write_text(to_markdown(report.blocks, figures=FIGURES))
+    return [folder / HTML, folder / MARKDOWN]
+
+
+def _older(name: str, tracking: TrackingConfig) -> Sweep:
+    """A sweep by its folder, else by its id in MLflow."""
+    return read_sweep(Path(name)) if Path(name).is_dir() else _from_mlflow(name, tracking)
+
+
+def _from_mlflow(sweep_id: str, tracking: TrackingConfig) -> Sweep:
+    from wanexp.tracking.fetch import fetch_sweep  # mlflow takes seconds to import
+
+    return fetch_sweep(sweep_id, tracking)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""From a sweep to the blocks of its page: the answer, tables, figures, what was skipped, commands, machine. Pure."""
+
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from wanexp.report import answers, figures_memory, figures_speed
+from wanexp.report.cells import Cell, Sweep
+from wanexp.report.drawing import NOT_RUN, Drawn
+from wanexp.report.machine import environment_facts, machine
+from wanexp.report.modes import LATENCY, THROUGHPUT
+from wanexp.report.page import Block, Code, Heading, Picture, Table, Terms, Text
+from wanexp.report.tables import cell_tables
+from wanexp.tracking.describe import plural
+from wanexp.tracking.location import tool_command
+
+MAX_DRAWN_SETTINGS = 4  # models, videos and workloads whose figures are drawn
+MAX_WARNINGS = 40
+
+
+@dataclass(frozen=True)
+class Report:
+    """A sweep's page. headline: the answers of the first setting. regressions: cells that got worse, in words."""
+
+    title: str
+    blocks: list[Block]
+    headline: list[tuple[str, str]]
+    figures: list[Drawn]
+    regressions: list[str]
+
+
+def compose(sweep: Sweep, *, before: Sweep | None = None, baseline: str | None = None) -> Report:
+    """The report on `sweep`; before: an older sweep to compare it with. Raises UserError for an unknown baseline."""
+    if baseline is not None:
+        answers.check_baseline(sweep.cells, baseline)
+    title = f"Sweep {sweep.sweep_id}"
+    blocks: list[Block] = [Heading(title, 1), Text(_state(sweep))]
+    figures: list[Drawn] = []
+    for place, setting in enumerate(sweep.settings):
+        cells = sweep.of_setting(setting)
+        drawn = draw(cells, baseline) if place < MAX_DRAWN_SETTINGS else []
+        if place:
+            drawn = [Drawn(f"{place + 1}_{d.name}", d.title, d.alt, d.svg, d.png) for d in drawn]
+        figures += drawn
+        blocks += [Heading(setting or "Cells"), Terms(answers.answers(cells, baseline))]
+        blocks += cell_tables(cells, baseline)
+        blocks += [Picture(figure) for figure in drawn]
+    if len(sweep.settings) > MAX_DRAWN_SETTINGS:
+        blocks.append(
+            Text(f"Figures are drawn for the first {MAX_DRAWN_SETTINGS} settings; the tables have all.")
+        )
+    regressions: list[str] = []
+    if before is not None:
+        found = answers.changes(sweep, before)
+        regressions = [
+            f"{change.cell.label}: {_change_words(change)}" for change in found if change.is_regression
+        ]
+        blocks[2:2] = change_blocks(sweep, before, found)
+    blocks += not_finished(sweep) + commands(sweep) + machine(sweep) + warnings(sweep)
+    headline = answers.answers(sweep.of_setting(sweep.settings[0]), baseline) if sweep.cells else []
+    return Report(title, blocks, headline, figures, regressions)
+
+
+def draw(cells: Sequence[Cell], baseline: str | None) -> list[Drawn]:
+    """All figures of one setting for which there are numbers."""
+    ran = [cell for cell in cells if cell.runs]
+    if not ran:
+        return []
+    found = [
+        *(figures_speed.scaling(ran, kind, baseline) for kind in (LATENCY, THROUGHPUT)),
+        *(figures_speed.times(ran, kind) for kind in (LATENCY, THROUGHPUT)),
+        figures_memory.peaks(ran),
+        *(figures_memory.tradeoff(ran, kind) for kind in (LATENCY, THROUGHPUT)),
+        figures_memory.over_time(ran),
+        figures_speed.prediction(ran),
+        figures_speed.energy(ran),
+    ]
+    return [drawn for drawn in found if drawn is not None]
+
+
+def change_blocks(sweep: Sweep, before: Sweep, found: Sequence[answers.Change]) -> list[Block]:
+    """The cells of both sweeps side by side, what got worse first."""
+    if not found:
+        said = f"No cell of {before.sweep_id} was run with the same settings, so nothing can be compared."
+        return [Heading(f"Against {before.sweep_id}"), Text(said)]
+    worse = [change for change in found if change.is_regression]
+    better = [c for c in found if c.comparison and c.comparison.verdict == "faster"]
+    unclear = [c for c in found if c.comparison and c.comparison.verdict == "unclear"]
+    same = len([c for c in found if c.comparison and c.comparison.verdict == "same"])
+    terms = [("Regressions", "; ".join(c.cell.label for c in worse) or "none")]
+    if better:
+        terms.append(("Faster", "; ".join(c.cell.label for c in better)))
+    terms.append(
+        ("Of the others", f"{same} the same, {len(unclear)} unclear (noise hides a difference, if any)")
+    )
+    rows = [
+        [c.cell.label, answers.amount(c.before), answers.amount(c.cell), _change_words(c)]
+        for c in sorted(found, key=lambda change: not change.is_regression)
+    ]
+    blocks: list[Block] = [Heading(f"Against {before.sweep_id}"), Terms(terms)]
+    differences = list(_differences(sweep, before))
+    if differences:
+        blocks.append(Text("Not only the code may differ. " + ". ".join(differences) + "."))
+    return [*blocks, Table(["cell", "before", "now", "verdict on its time"], rows)]
+
+
+def _change_words(change: answers.Change) -> str:
+    if change.comparison is not None:
+        return str(change.comparison)
+    return f"{change.before.outcome} before, {change.cell.outcome} now"
+
+
+def _differences(sweep: Sweep, before: Sweep) -> Iterable[str]:
+    """What of machine and versions is not the same in two sweeps."""
+    now, then = (dict(environment_facts(s)) for s in (sweep, before))
+    for key in dict.fromkeys([*now, *then]):
+        if now.get(key) != then.get(key):
+            yield f"{key}: {then.get(key, 'unknown')} before, {now.get(key, 'unknown')} now"
+
+
+def not_finished(sweep: Sweep) -> list[Block]:
+    """Every cell without numbers, with the reason that it gives."""
+    rows = [
+        [cell.label, NOT_RUN.get(cell.outcome, cell.outcome), cell.reason or "not run yet"]
+        for cell in sweep.cells
+        if not cell.is_finished
+    ]
+    return [Heading("Skipped, failed and waiting"), Table(["cell", "outcome", "why"], rows)] if rows else []
+
+
+def commands(sweep: Sweep) -> list[Block]:
+    """For each cell what repeats it: from its record where that lies here, else from its overrides."""
+    lines = []
+    for cell in sweep.cells:
+        folder = next((run.folder for run in cell.runs if run.folder and run.record is cell.record), None)
+        if folder is not None:
+            command = tool_command("rerun.py", "wanexp.rerun", folder / "record.json")
+        elif cell.runs or cell.overrides:
+            command = shlex.join(["python", "-m", "wanexp", *single_run(cell.overrides)])
+        else:
+            continue
+        lines.append(f"{command}  # {' '.join(cell.label.split())}")
+    return [Heading("Run a cell again"), Code("\n".join(lines))] if lines else []
+
+
+def single_run(overrides: Sequence[str]) -> list[str]:
+    """Overrides of one cell without what would make a sweep of it again."""
+    return [
+        text for text in overrides if not text.lstrip("+").startswith(("sweep=", "sweep_name=", "hydra."))
+    ]
+
+
+def warnings(sweep: Sweep) -> list[Block]:
+    """What the runs warned of, each once, with the number of runs."""
+    count = Counter(text for record in sweep.records for text in record.warnings)
+    if not count:
+        return []
+    rows = [[text, str(number)] for text, number in count.most_common(MAX_WARNINGS)]
+    rest = len(count) - len(rows)
+    blocks: list[Block] = [Heading("Warnings"), Table(["warning", "runs"], rows, numeric=[1])]
+    return blocks + ([Text(f"... and {rest} more in the records.")] if rest else [])
+
+
+def _state(sweep: Sweep) -> str:
+    """`19 of 22 cells finished, 1 oom, 1 skipped, 1 waiting; 60 runs from 2026-11-22 20:00 to 2026-11-22 21:10 UTC.`"""
+    count = Counter(cell.outcome for cell in sweep.cells)
+    done = count.pop("finished", 0)
+    parts = [
+        f"{done} of {plural(len(sweep.cells), 'cell')} finished",
+        *(f"{n} {what}" for what, n in count.items()),
+    ]
+    records = sweep.records
+    started = sorted(record.started for record in records if record.started)
+    ended = sorted(record.ended for record in records if record.ended)
+    when = f" from {_moment(started[0])} to {_moment(ended[-1])} UTC" if started and ended else ""
+    state = sweep.document.get("state") or "finished"
+    said = f"{', '.join(parts)}; {plural(len(records), 'run')}{when}."
+    return said if state == "finished" else f"{said} The sweep is not whole ({state})."
+
+
+def _moment(text: str) -> str:
+    return text[:16].replace("T", " ")

@@ -1,0 +1,222 @@
+"""Figures of time: scaling over GPUs, times by mode, predicted against measured, energy and cost.
+
+Each takes the cells of one setting and returns None where there is nothing to draw. Latency modes and throughput
+modes never share an axis of time.
+"""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from wanexp.report import answers
+from wanexp.report.cells import Cell
+from wanexp.report.drawing import (
+    GREY,
+    NOT_RUN,
+    ROW_HEIGHT,
+    Drawn,
+    finish,
+    legend_of_modes,
+    row_axes,
+    row_note,
+    sheet,
+    shown,
+    styled,
+    subtitle_of,
+)
+from wanexp.report.modes import LATENCY, THROUGHPUT, style_of
+
+WORDS = {  # kind -> title, y axis
+    LATENCY: ("Speed-up over GPUs, latency modes", "speed-up of a step"),
+    THROUGHPUT: ("Throughput over GPUs, throughput modes", "throughput, times the baseline's"),
+}
+PREDICTION_BAND = 0.10
+
+
+@styled
+def scaling(cells: Sequence[Cell], kind: str, wanted: str | None = None) -> Drawn | None:
+    """Gain and efficiency against the number of devices, with the ideal line; cells out of memory at the bottom."""
+    own = [cell for cell in cells if cell.kind == kind and cell.runs and cell.num_devices]
+    pairs = [
+        (base, cell)
+        for cell in own
+        if cell.is_finished and cell.steps_ms and (base := answers.baseline_of(cell, cells, wanted))
+    ]
+    others = [cell for base, cell in pairs if cell is not base]
+    if not others:
+        return None
+    base = pairs[0][0]
+    title, label = WORDS[kind]
+    figure, (left, right) = sheet(
+        title, f"{subtitle_of([*own, base])}\nbaseline: {base.label}", height=3.3, columns=2
+    )
+    counts = sorted({cell.num_devices for cell in own} | {base.num_devices})
+    ideal = [count / base.num_devices for count in counts]
+    left.plot(counts, ideal, "--", color=GREY, linewidth=1.2)
+    right.axhline(100, linestyle="--", color=GREY, linewidth=1.2)
+    series: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
+    for cell_base, cell in pairs:
+        point = (cell.num_devices, answers.gain(cell_base, cell), answers.efficiency(cell_base, cell))
+        series.setdefault((cell.mode, cell.options), []).append(point)
+    for (mode, _), points in series.items():
+        style = style_of(mode)
+        x, gains, efficiencies = zip(*sorted(points), strict=True)
+        for axes, y in ((left, gains), (right, [100 * value for value in efficiencies])):
+            axes.plot(x, y, color=style.colour, marker=style.marker, markersize=6, linewidth=1.6, alpha=0.85)
+    for axes, y_base in ((left, 1), (right, 100)):
+        axes.plot(
+            base.num_devices, y_base, marker=style_of(base.mode).marker, color=style_of(base.mode).colour
+        )
+    lost = [cell for cell in own if cell.outcome in NOT_RUN]
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(counts)
+        axes.set_xlabel("CPU devices" if base.on_cpu else "GPUs")
+        for place, cell in enumerate(lost):
+            x_place = cell.num_devices + 0.06 * (place - (len(lost) - 1) / 2)
+            axes.plot(x_place, 0, marker="x", color=style_of(cell.mode).colour, markersize=9, clip_on=False)
+    left.set_ylabel(label)
+    right.set_ylabel("efficiency, % of ideal")
+    extra = [Line2D([], [], linestyle="--", color=GREY, label="ideal")]
+    if lost:
+        extra.append(Line2D([], [], linestyle="", marker="x", color=GREY, label="out of memory"))
+    modes = [base.mode, *(mode for mode, _ in series), *(cell.mode for cell in lost)]
+    legend_of_modes(left, modes, *extra, loc="upper left")
+    right.set_ylim(0, max(108, right.get_ylim()[1]))
+    best = max(others, key=lambda cell: answers.gain(base, cell))
+    alt = f"{title}; the best is {best.label} at {answers.gain(base, best):.2f} times {base.label}"
+    return finish(figure, f"scaling_{kind}", alt)
+
+
+@styled
+def times(cells: Sequence[Cell], kind: str) -> Drawn | None:
+    """A row a cell: every step as a point, the median as a line, its interval as a bar."""
+    own, remark = shown([cell for cell in cells if cell.kind == kind])
+    timed = [cell for cell in own if cell.interval]
+    if not timed:
+        return None
+    own = sorted(own, key=lambda cell: cell.interval.median if cell.interval else float("inf"))
+    title = "Step time, latency modes" if kind == LATENCY else "Time a sample, throughput modes"
+    figure, (axes,) = sheet(
+        title,
+        f"{subtitle_of(timed)}{remark}\npoints: steps; line: median; bar: its 95 % interval",
+        height=max(1.2, ROW_HEIGHT * len(own)),
+    )
+    row_axes(
+        axes, [cell.label for cell in own], "ms a step" if kind == LATENCY else "ms a sample (step / batch)"
+    )
+    for row, cell in enumerate(own):
+        if cell.interval is None:
+            row_note(axes, row, NOT_RUN.get(cell.outcome, cell.outcome))
+            continue
+        style, middle = style_of(cell.mode), cell.interval
+        steps = [step for run in cell.times_ms(kind) for step in run]
+        axes.barh(
+            row,
+            middle.high - middle.low,
+            left=middle.low,
+            height=0.5,
+            color=style.colour,
+            alpha=0.22,
+            linewidth=0,
+        )
+        spread = [
+            row + 0.32 * ((i * 0.618) % 1 - 0.5) for i in range(len(steps))
+        ]  # so that none hides another
+        axes.plot(
+            steps, spread, linestyle="", marker=style.marker, markersize=3.6, color=style.colour, alpha=0.75
+        )
+        axes.plot([middle.median] * 2, [row - 0.34, row + 0.34], color=style.colour, linewidth=2.2)
+    axes.set_xlim(left=0)
+    axes.margins(x=0.06)
+    alt = f"{title}: {', '.join(f'{c.label} {c.interval.median:.4g} ms' for c in own[:5] if c.interval)}"
+    return finish(figure, f"times_{kind}", alt)
+
+
+@styled
+def prediction(cells: Sequence[Cell]) -> Drawn | None:
+    """The planner against the machine: peak memory, and step times of either kind of mode, each with +- 10 %."""
+    panels: list[tuple[str, list[tuple[Cell, float, float]]]] = []
+    finished = [cell for cell in cells if cell.is_finished]
+    if peaks := _pairs(
+        [cell for cell in finished if not cell.on_cpu],  # there the measured number is weights alone
+        "plan/predicted_peak_gib",
+        "memory/peak_allocated_gib",
+    ):
+        panels.append(("peak memory, GiB", peaks))
+    for kind in (LATENCY, THROUGHPUT):
+        own = [cell for cell in finished if cell.kind == kind]
+        if pairs := _pairs(own, "plan/predicted_step_ms", "latency/step_ms"):
+            panels.append((f"step time, {kind} modes, ms", pairs))
+    if not panels:
+        return None
+    all_cells = [cell for _, pairs in panels for cell, _, _ in pairs]
+    figure, grid = sheet(
+        "Predicted against measured",
+        f"{subtitle_of(all_cells)}\nline: as predicted; band: +- {PREDICTION_BAND:.0%}",
+        height=3.0,
+        columns=len(panels),
+    )
+    worst = 0.0
+    for axes, (label, pairs) in zip(grid, panels, strict=True):
+        top = 1.12 * max(max(predicted, measured) for _, predicted, measured in pairs)
+        axes.plot([0, top], [0, top], color=GREY, linewidth=1)
+        axes.fill_between(
+            [0, top],
+            [0, top * (1 - PREDICTION_BAND)],
+            [0, top * (1 + PREDICTION_BAND)],
+            color=GREY,
+            alpha=0.13,
+            linewidth=0,
+        )
+        for cell, predicted, measured in pairs:
+            style = style_of(cell.mode)
+            axes.plot(predicted, measured, marker=style.marker, color=style.colour, markersize=6, alpha=0.85)
+            worst = max(worst, abs(predicted / measured - 1))
+        axes.set(xlim=(0, top), ylim=(0, top), xlabel="predicted", ylabel="measured")
+        axes.set_title(label, fontsize=8.5)
+    legend_of_modes(figure, [cell.mode for cell in all_cells], loc="lower left", ncols=9, columnspacing=0.8)
+    return finish(figure, "prediction", f"Predicted against measured; the largest error is {worst:.1%}")
+
+
+@styled
+def energy(cells: Sequence[Cell]) -> Drawn | None:
+    """Energy of a video by cell, and its cost where the price of a GPU hour is known."""
+    own, remark = shown([cell for cell in cells if cell.is_finished and answers.energy_wh(cell) is not None])
+    priced = [cell for cell in own if answers.cost_usd(cell) is not None]
+    if not own:
+        return None
+    own.sort(key=lambda cell: answers.energy_wh(cell) or 0.0)
+    note = "GPUs alone; a video is all sampling steps, without text encoder and VAE"
+    figure, grid = sheet(
+        "Energy and cost of a video" if priced else "Energy of a video",
+        f"{subtitle_of(own)}{remark}\n{note}",
+        height=max(1.2, ROW_HEIGHT * len(own)),
+        columns=2 if priced else 1,
+        sharey=True,
+    )
+    row_axes(grid[0], [cell.label for cell in own], "Wh a video")
+    _bars(grid[0], own, [answers.energy_wh(cell) for cell in own])
+    if priced:
+        prices = {float(cell.record.requested["hardware"]["usd_per_gpu_hour"]) for cell in priced}
+        price = " / ".join(f"{value:g}" for value in sorted(prices))
+        grid[1].set_xlabel(f"USD a video, at {price} USD a GPU hour")
+        _bars(grid[1], own, [answers.cost_usd(cell) for cell in own])
+    alt = f"Energy of a video; the least is {own[0].label} at {answers.energy_wh(own[0]):.3g} Wh"
+    return finish(figure, "energy", alt)
+
+
+def _bars(axes: Axes, cells: Sequence[Cell], values: Sequence[float | None]) -> None:
+    top = max(value for value in values if value is not None)
+    for row, (cell, value) in enumerate(zip(cells, values, strict=True)):
+        if value is not None:
+            axes.barh(row, value, height=0.6, color=style_of(cell.mode).colour, alpha=0.85)
+            axes.text(value + 0.01 * top, row, f"{value:.3g}", va="center", fontsize=8)
+    axes.set_xlim(0, 1.14 * top)
+    axes.grid(visible=False, axis="y")
+
+
+def _pairs(cells: Sequence[Cell], predicted: str, measured: str) -> list[tuple[Cell, float, float]]:
+    found = ((cell, cell.metric(predicted), cell.metric(measured)) for cell in cells)
+    return [(cell, p, m) for cell, p, m in found if p and m]

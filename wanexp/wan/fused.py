@@ -1,0 +1,294 @@
+"""Fused forms of what a block computes between its matrix products: one read and one write of memory each.
+
+For inference on GPUs. Where the plain torch path of `block.py` makes three to ten passes, each of these makes one:
+
+    modulated_norm          LayerNorm(x) (1 + scale) + shift
+    gated_add_and_norm      x + gate update, and the affine LayerNorm of it
+    add_and_modulated_norm  x + update, and the modulated LayerNorm of it
+    gated_add               x + gate update
+    rms_norm                RMSNorm of q or k, with RoPE where it is self-attention's
+    linear_gelu             GELU(tanh) in the epilogue of the first FFN product
+
+They round where the plain path does, or less often, and write over their operands where the block owns these. Operators
+of torch.library, so that torch.compile keeps them whole. Triton itself is imported at the first call only.
+"""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor, nn
+
+from wanexp.errors import UserError
+from wanexp.wan.architecture import NORM_EPS
+from wanexp.wan.rope import Rope
+
+KERNELS = ("auto", "triton", "torch")
+MIN_COMPUTE_CAPABILITY = (8, 0)  # of Triton's code for bf16
+GELU_BLOCK = 2048
+
+
+def choose_kernels(
+    requested: str,
+    *,
+    device_type: str,
+    compute_capability: tuple[int, int] | None,
+    training: bool,
+) -> str:
+    """`triton` or `torch`, as asked; `auto` is triton for inference on GPUs where Triton is installed, else torch.
+
+    Pure but for the look at what is installed. Raises UserError for an unknown name, and for `triton` where it cannot
+    run.
+    """
+    if requested not in KERNELS:
+        raise UserError(f"unknown kernels {requested!r}; write one of: {', '.join(KERNELS)}")
+    if requested == "torch" or (requested == "auto" and device_type != "cuda"):
+        return "torch"
+    obstacle = _obstacle(device_type, compute_capability, training)
+    if obstacle is None:
+        return "triton"
+    if requested == "triton":
+        raise UserError(f"kernels=triton cannot be had: {obstacle}; write kernels=auto or kernels=torch")
+    return "torch"
+
+
+def _obstacle(device_type: str, compute_capability: tuple[int, int] | None, training: bool) -> str | None:
+    if training:
+        return "these kernels have no backward pass, found a training workload"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device_type == "cpu" and _is_interpreted():
+        return None
+    if device_type != "cuda":
+        return f"they run on CUDA GPUs, found {device_type}"
+    if compute_capability is not None and compute_capability < MIN_COMPUTE_CAPABILITY:
+        found, wanted = (".".join(map(str, pair)) for pair in (compute_capability, MIN_COMPUTE_CAPABILITY))
+        return f"they need compute capability {wanted}, found {found}"
+    return None
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU, as its debugging aid does."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def check_inference(x: Tensor) -> None:
+    """Raises UserError where these kernels would give no gradients, or cannot run on the device of `x`."""
+    if torch.is_grad_enabled():
+        raise UserError(
+            "kernels=triton is for inference, gradients are switched on; call the model under "
+            "torch.inference_mode(), or write kernels=torch"
+        )
+    if not x.is_cuda and not _is_interpreted():
+        raise UserError(f"kernels=triton runs on CUDA GPUs, found {x.device.type}; write kernels=torch")
+
+
+def release(x: Tensor | tuple[Tensor, ...]) -> None:
+    """Give the memory of `x` back at once. For a tensor that is dead but that callers still refer to, or for several.
+
+    What a module is called with is held by every frame of the call until it returns: a `del` in it frees nothing.
+    """
+    for tensor in x if isinstance(x, tuple) else (x,):
+        tensor.untyped_storage().resize_(0)
+
+
+# --- the operations of a block ---
+#
+# x, update and results are [batch, tokens, dim]; gate, scale and shift fp32 [batch, dim], with a timestep_index
+# [batch, tokens] a table [distinct timesteps, dim]. They may be strided views, as unbind gives them.
+
+
+def modulated_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, timestep_index: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift, rounded once to `dtype`."""
+    x = x.contiguous()
+    normed = torch.empty_like(x, dtype=dtype)
+    _add_and_norm(x, None, None, scale, shift, _dense(timestep_index), True, None, normed)
+    return normed
+
+
+def gated_add_and_norm(
+    x: Tensor,
+    update: Tensor,
+    gate: Tensor,
+    timestep_index: Tensor | None,
+    norm: nn.LayerNorm,
+    *,
+    overwrite: bool,
+) -> tuple[Tensor, Tensor]:
+    """(x + gate * update, norm of that). The norm is written over `update`, the sum over `x` if `overwrite`."""
+    x, update = x.contiguous(), update.contiguous()
+    total = x if overwrite else torch.empty_like(x)
+    _add_and_norm(x, update, gate, norm.weight, norm.bias, _dense(timestep_index), False, total, update)
+    return total, update
+
+
+def add_and_modulated_norm(
+    x: Tensor, update: Tensor, shift: Tensor, scale: Tensor, timestep_index: Tensor | None
+) -> Tensor:
+    """x += update; the modulated norm of that, written over `update`."""
+    update = update.contiguous()
+    _add_and_norm(x, update, None, scale, shift, _dense(timestep_index), True, x, update)
+    return update
+
+
+def gated_add(x: Tensor, update: Tensor, gate: Tensor, timestep_index: Tensor | None) -> None:
+    """x += gate * update."""
+    _add_and_norm(x, update.contiguous(), gate, None, None, _dense(timestep_index), False, x, None)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    rope: Rope | None = None,
+    *,
+    square_sums: Tensor | None = None,
+    full_dim: int = 0,
+) -> Tensor:
+    """The RMSNorm of `x` [batch, tokens, dim] and then, with its tables, RoPE; in place where `x` is contiguous.
+
+    square_sums: fp32 [batch, tokens, 1], where `x` is a part of rows of `full_dim` channels: their sums of squares.
+    """
+    x = x.contiguous()
+    cos, sin = (None, None) if rope is None else (table.contiguous() for table in rope)
+    _rms_norm(x, weight, cos, sin, _dense(square_sums), full_dim or x.shape[-1])
+    return x
+
+
+def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
+    """GELU(tanh) of linear(x).
+
+    In the epilogue of the product where the layer is a plain one on a GPU in 16 bits: there, and not on CPUs,
+    `_addmm_activation` means the tanh form (aten/src/ATen/native/cuda/Blas.cpp), approximated to about the precision
+    of 16 bits, and rounded once. Else in place after the product.
+    """
+    if type(linear) is nn.Linear and linear.bias is not None and x.is_cuda and x.element_size() == 2:
+        rows = x.reshape(-1, x.shape[-1])
+        inner = torch._addmm_activation(linear.bias, rows, linear.weight.t(), use_gelu=True)
+        return inner.view(*x.shape[:-1], -1)
+    return gelu(linear(x))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU(tanh), in place where `x` is contiguous."""
+    x = x.contiguous()
+    _gelu(x)
+    return x
+
+
+# --- how the kernels are launched ---
+
+
+def tile_of(dim: int, head_dim: int = 1) -> int:
+    """Elements of a row that the kernels take at a time: a power of two.
+
+    1024 or 512 where that divides a row into whole tiles (of whole heads), so that no lane idles: all Wan sizes.
+    Otherwise one masked tile for the row.
+    """
+    for tile in (1024, 512):
+        if dim % tile == 0 and tile % head_dim == 0:
+            return tile
+    return 1 << (dim - 1).bit_length()
+
+
+def warps_of(tile: int) -> int:
+    """Enough threads for 8 elements each, the 16 bytes that one instruction loads; 8 warps at most."""
+    return max(1, min(8, tile // 256))
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _rows(vectors: Tensor) -> int:
+    """The distance between the rows of [rows, dim]; 0 for [dim], which serves all."""
+    assert vectors.stride(-1) == 1
+    return vectors.stride(0) if vectors.ndim == 2 else 0
+
+
+# Triton launches on the current device, whatever its tensors say: hence device_of in each.
+
+
+@torch.library.custom_op("wanexp::add_and_norm", mutates_args=("x_out", "normed"))
+def _add_and_norm(
+    x: Tensor,
+    update: Tensor | None,
+    gate: Tensor | None,
+    factor: Tensor | None,
+    offset: Tensor | None,
+    index: Tensor | None,
+    is_modulated: bool,
+    x_out: Tensor | None,
+    normed: Tensor | None,
+) -> None:
+    from wanexp.wan.triton_kernels import add_and_norm
+
+    batch, tokens, dim = x.shape
+    tile = tile_of(dim)
+    with torch.cuda.device_of(x):
+        add_and_norm[(batch * tokens,)](
+            x,
+            update,
+            gate,
+            factor,
+            offset,
+            index,
+            x_out,
+            normed,
+            tokens,
+            0 if gate is None else _rows(gate),
+            0 if factor is None else _rows(factor),
+            NORM_EPS,
+            DIM=dim,
+            TILE=tile,
+            HAS_UPDATE=update is not None,
+            HAS_GATE=gate is not None,
+            HAS_INDEX=index is not None,
+            HAS_NORM=normed is not None,
+            IS_MODULATED=is_modulated,
+            num_warps=warps_of(tile),
+        )
+
+
+@torch.library.custom_op("wanexp::rms_norm", mutates_args=("x",))
+def _rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    square_sums: Tensor | None,
+    full_dim: int,
+) -> None:
+    from wanexp.wan.triton_kernels import rms_norm_and_rope
+
+    batch, tokens, dim = x.shape
+    pairs = 1 if cos is None else cos.shape[-1]
+    tile = tile_of(dim, 1 if cos is None else 2 * pairs)
+    with torch.cuda.device_of(x):
+        rms_norm_and_rope[(batch * tokens,)](
+            x,
+            weight,
+            cos,
+            sin,
+            square_sums,
+            tokens,
+            full_dim,
+            NORM_EPS,
+            DIM=dim,
+            TILE=tile,
+            PAIRS=pairs,
+            HAS_ROPE=cos is not None,
+            HAS_SUMS=square_sums is not None,
+            num_warps=warps_of(tile),
+        )
+
+
+@torch.library.custom_op("wanexp::gelu_tanh", mutates_args=("x",))
+def _gelu(x: Tensor) -> None:
+    from wanexp.wan.triton_kernels import gelu_tanh
+
+    with torch.cuda.device_of(x):
+        gelu_tanh[(-(-x.numel() // GELU_BLOCK),)](
+            x, x.numel(), BLOCK=GELU_BLOCK, num_warps=warps_of(GELU_BLOCK)
+        )
