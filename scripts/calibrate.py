@@ -26,9 +26,11 @@ from wanexp.hardware.devices import find_devices
 from wanexp.hardware.nvml import NvmlUnavailable, handle_of, open_nvml, used_bytes
 from wanexp.hardware.profiles import profile_for
 from wanexp.planning.activations import Sizes
-from wanexp.planning.time import block_elementwise_bytes
+from wanexp.planning.block_work import block_elementwise_bytes
 from wanexp.wan.architecture import WanArchitecture
-from wanexp.wan.attention import attention_function, choose_attention
+from wanexp.wan.attention import attention_function
+from wanexp.wan.attention_choice import AttentionShape
+from wanexp.wan.attention_probe import probe
 from wanexp.wan.block import Fp32LayerNorm, RMSNorm, gated_add, modulated_norm
 from wanexp.wan.rope import apply_rope, rope_tables
 
@@ -67,9 +69,7 @@ def main() -> None:
     begin = time.perf_counter()
     on_gpu = found[0].type == "cuda"
     devices = [torch.device("cuda", device.index) for device in found] if on_gpu else [torch.device("cpu")]
-    measured = [
-        measure_device(device, found[index].compute_capability) for index, device in enumerate(devices)
-    ]
+    measured = [measure_device(device) for device in devices]
     for index, rates in enumerate(measured):
         shown = ", ".join(f"{name} {value:.4g}" for name, value in asdict(rates).items() if value is not None)
         print(f"{found[index].label} {found[index].name}: {shown}")
@@ -97,7 +97,7 @@ def main() -> None:
     print(f"  python -m wanexp --config-dir {arguments.out} hardware={arguments.name}")
 
 
-def measure_device(device: torch.device, compute_capability: tuple[int, int] | None) -> Measured:
+def measure_device(device: torch.device) -> Measured:
     """All rates of one device, one after the other."""
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -116,13 +116,9 @@ def measure_device(device: torch.device, compute_capability: tuple[int, int] | N
         gemm_s += count * seconds(device, linear(tokens, rows, columns, device, dtype))
         gemm_flops += count * 2 * tokens * rows * columns
 
-    kernel = choose_attention(
-        "auto",
-        device_type=device.type,
-        dtype=dtype,
-        head_dim=arch.head_dim,
-        compute_capability=compute_capability,
-    )
+    shape = AttentionShape(1, tokens, tokens, arch.num_heads, arch.head_dim)
+    kernel = probe("auto", shape, device=device, dtype=dtype).kernel
+    print(f"{device}: self-attention by {kernel}, which attention=auto takes", flush=True)
     attend = attention_function(kernel)
     q, k, v = (x.unflatten(-1, (-1, arch.head_dim)).clone() for _ in range(3))
     attention_s = seconds(device, lambda: attend(q, k, v))

@@ -18,15 +18,15 @@ from rich.text import Text
 
 from wanexp.config import RunConfig
 from wanexp.hardware.devices import Device
+from wanexp.planning.candidates import Candidate, Planned
 from wanexp.planning.layouts import BUYS
 from wanexp.planning.plan import Plan
-from wanexp.planning.planner import Candidate, Planned
 from wanexp.progress import ProgressReporter, show_progress
 from wanexp.record import Record
 from wanexp.workloads.sizes import forwards_per_step, guidance_of, num_tokens
 
 GIB = 1024**3
-SHOWN_HYBRIDS = 6
+ROOM_FOR_BUYS = 110  # columns of a terminal that show what a layout buys, too
 TRACEBACK_LINES = 15
 LABEL_WIDTH = 12  # of the left column of the card and the end table
 # Any other outcome is red.
@@ -150,7 +150,7 @@ class Console:
     def plan_table(
         self, config: RunConfig, devices: Sequence[Device], planned: Planned, advice: str = ""
     ) -> None:
-        """What every layout would need (task=plan), the best first, and why the others cannot run."""
+        """What the layouts would need (task=plan), the best first, and why others cannot run."""
         names = ", ".join(dict.fromkeys(device.name for device in devices))
         free = [device.free_bytes / GIB for device in devices]
         memory = f"{min(free):.1f}" if max(free) - min(free) < 0.05 else f"{min(free):.1f} to {max(free):.1f}"
@@ -160,25 +160,36 @@ class Console:
         facts.add_row("Devices", f"{len(devices)} x {names}, {memory} GiB free")
         self._rich.print(facts)
         self._rich.print()
+        shown = planned.digest()
+        columns = ["layout", "buys", "needs GiB", "step ms", "speed-up", "verdict"]
+        if self._rich.width < ROOM_FOR_BUYS:
+            columns.remove("buys")
         table = _table()
-        table.add_column("layout", overflow="fold", min_width=18)
-        for name in ("buys", "needs GiB", "step ms", "speed-up", "verdict"):
-            table.add_column(name, justify="left" if name in ("buys", "verdict") else "right")
-        hybrids = [candidate for candidate in planned.candidates if candidate.parallelism.mode == "hybrid"]
-        left_out = hybrids[SHOWN_HYBRIDS:]
-        shown = [candidate for candidate in planned.candidates if candidate not in left_out]
+        for name in columns:
+            is_text = name in ("layout", "buys", "verdict")
+            table.add_column(
+                name,
+                justify="left" if is_text else "right",
+                no_wrap=name != "layout",
+                overflow="fold",
+                min_width=18 if name == "layout" else None,
+            )
         for candidate in shown:
-            table.add_row(*_plan_row(planned, candidate))
+            row = _plan_row(planned, candidate)
+            table.add_row(*(row[name] for name in columns))
         self._rich.print(table)
         self._rich.print()
-        if left_out:
-            self._rich.print(f"{len(left_out)} more hybrids rank behind these; plan_json=true has them.")
         for candidate in shown:
             if candidate.rejection:
                 self._rich.print(f"{candidate.name}: {candidate.rejection}")
+        if left_out := len(planned.candidates) - len(shown):
+            self._rich.print(
+                f"Shown: the best of each mode, and of the products of several. {left_out} more layouts were weighed; "
+                "plan_json=true has all."
+            )
         self._rich.print(
-            "needs GiB: predicted peak of each GPU, CUDA context included. speed-up: over mode none; "
-            "of replicas in samples a second, one sample each."
+            "needs GiB: predicted peak of the fullest GPU, CUDA context included. speed-up: over mode none; of "
+            "replicas in samples a second, one sample each."
         )
         winner = planned.winner
         advices = _facts()
@@ -204,19 +215,19 @@ class Console:
         self._rich.print(Text(text), soft_wrap=True)
 
 
-def _plan_row(planned: Planned, candidate: Candidate) -> list[Text]:
-    needs = list(dict.fromkeys(f"{entry.needed / GIB:.1f}" for entry in candidate.memory))
+def _plan_row(planned: Planned, candidate: Candidate) -> dict[str, Text]:
+    needs = max((entry.needed / GIB for entry in candidate.memory), default=None)
     time = candidate.time if candidate.time and candidate.time.is_known else None
     speedup = planned.speedup(candidate)
     verdict = "no" if candidate.rejection else "best" if candidate is planned.winner else "fits"
-    return [
-        Text(candidate.name),
-        Text(BUYS[candidate.parallelism.mode]),
-        Text(", ".join(needs) if len(needs) <= 3 else f"{min(needs, key=float)} to {max(needs, key=float)}"),
-        Text(f"{time.step_s * 1000:,.0f}" if time else "?"),
-        Text(f"{speedup:.2f}x" if speedup else "?"),
-        Text(verdict, style="yellow" if candidate.rejection else "green"),
-    ]
+    return {
+        "layout": Text(candidate.name),
+        "buys": Text(BUYS[candidate.parallelism.mode]),
+        "needs GiB": Text("" if needs is None else f"{needs:.1f}"),
+        "step ms": Text(f"{time.step_s * 1000:,.0f}" if time else "?"),
+        "speed-up": Text(f"{speedup:.2f}x" if speedup else "?"),
+        "verdict": Text(verdict, style="yellow" if candidate.rejection else "green"),
+    }
 
 
 def block_ranges(blocks: Sequence[int]) -> str:
@@ -328,8 +339,14 @@ def _result_rows(record: Record) -> dict[str, str]:
             )
         )
         rows["Parity"] = f"{error} against mode none" + (f" ({known})" if known else "")
-    if seams := metrics.get("communication/seam_gib_per_forward"):
-        rows["Seams"] = f"{_number(seams * 1024)} MiB copied between devices a forward"
+    sent = {
+        name.removeprefix("communication/").removesuffix("_gib_per_forward"): value
+        for name, value in metrics.items()
+        if name.startswith("communication/") and name.endswith("_gib_per_forward") and value
+    }
+    if sent:
+        amounts = ", ".join(f"{axis} {_number(value * 1024)} MiB" for axis, value in sent.items())
+        rows["Exchanged"] = f"{amounts} between devices a forward"
     rss = {
         name.split("/")[1]: value
         for name, value in metrics.items()

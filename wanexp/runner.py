@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from wanexp.config import RunConfig, conf_dir, to_dict
 from wanexp.console import Console, ProgressReporter
 from wanexp.errors import LayoutError, UserError
@@ -124,7 +126,11 @@ def prepare(config: RunConfig) -> Prepared:
         machines = arrive(config, devices)
         devices = machines.all_devices
     checked = preflight(
-        config, devices, found, lambda device: profile_for(config.hardware, device, conf_dir())
+        config,
+        devices,
+        found,
+        lambda device: profile_for(config.hardware, device, conf_dir()),
+        host_free_bytes=None if machines else psutil.virtual_memory().available,
     )
     plan = checked.candidate.plan
     assert plan is not None

@@ -2,10 +2,18 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.hardware.fake_nvml import FakeGpu, FakeNvml, gpu_device
 from wanexp.hardware.devices import Device
 from wanexp.measure import environment
-from wanexp.measure.environment import git_state, host_environment, relevant_variables, torch_environment
+from wanexp.measure.environment import (
+    git_state,
+    host_environment,
+    p2p_state,
+    relevant_variables,
+    torch_environment,
+)
 
 CPU = Device("cpu", 0, "logical CPU device of x", 1, 1)
 
@@ -106,3 +114,19 @@ def test_package_versions(monkeypatch):
     packages = host_environment([])["packages"]
     assert packages["rich"]
     assert packages["no-such-package"] is None
+
+
+@pytest.mark.parametrize(
+    ("peers", "variables", "state"),
+    [
+        (((1,), (0,)), {}, "on"),
+        (((1,), (0,)), {"NCCL_P2P_DISABLE": "0"}, "on"),
+        (((1,), (0,)), {"NCCL_P2P_DISABLE": "1"}, "off between processes: NCCL_P2P_DISABLE=1"),
+        (((1,), (0,)), {"NCCL_P2P_LEVEL": "LOC"}, "off between processes: NCCL_P2P_LEVEL=LOC"),
+        (((), ()), {}, "off between gpu0-gpu1"),
+        (((),), {"NCCL_P2P_DISABLE": "1"}, None),
+    ],
+)
+def test_peer_to_peer_that_is_switched_off_is_recorded(peers, variables, state):
+    gpus = [Device("cuda", index, "a GPU", 0, 0, peers=others) for index, others in enumerate(peers)]
+    assert p2p_state(gpus, variables) == state

@@ -31,12 +31,20 @@ def test_weights_gradients_and_optimiser_state_count_where_they_are():
     assert owned_bytes_by_position([one], position_of, 3) == [40, 0, 160]
     one.first.grad = torch.zeros(10)
     optimizer = torch.optim.AdamW(one.parameters())
-    assert owned_bytes_by_position([one], position_of, 3, optimizer) == [80, 0, 160]
+    assert owned_bytes_by_position([one], position_of, 3, optimizer=optimizer) == [80, 0, 160]
     optimizer.step()
     # weight, gradient and two moments, and a counter of 4 bytes for each parameter
-    assert owned_bytes_by_position([one], position_of, 3, optimizer) == [164, 0, 324]
+    assert owned_bytes_by_position([one], position_of, 3, optimizer=optimizer) == [164, 0, 324]
     optimizer.zero_grad(set_to_none=True)
-    assert owned_bytes_by_position([one], position_of, 3, optimizer) == [124, 0, 244]
+    assert owned_bytes_by_position([one], position_of, 3, optimizer=optimizer) == [124, 0, 244]
+
+
+def test_what_is_swapped_counts_nowhere_and_buffers_count():
+    one = model()
+    one.register_buffer("scale", torch.zeros(5))
+    position_of = {"first": 0, "second": 1, "scale": 1}.__getitem__
+    assert owned_bytes_by_position([one], position_of, 2) == [40, 100]
+    assert owned_bytes_by_position([one], position_of, 2, is_swapped="second".__eq__) == [40, 20]
 
 
 def test_peaks_by_label():

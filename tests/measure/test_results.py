@@ -7,17 +7,28 @@ from wanexp.measure.results import GIB, latency_metrics, run_metrics
 from wanexp.planning.plan import make_plan
 
 
+def load(seconds: float, growth: int) -> dict:
+    return {
+        "seconds": seconds,
+        "num_bytes": GIB,
+        "bytes_read": GIB // 2,
+        "bytes_received": GIB // 2,
+        "anonymous_growth_bytes": growth,
+    }
+
+
 def report(step_s: list[float], label: str, **changes) -> dict:
     return {
         "step_s": step_s,
         "forward_s": [step / 2 for step in step_s for _ in range(2)],
         "forwards_per_step": 2,
         "warmup_s": 3.0,
-        "load": {"seconds": 2.0, "num_bytes": GIB, "anonymous_growth_bytes": GIB // 4},
+        "load": load(2.0, GIB // 4),
         "memory": {label: {"peak_allocated_gib": 4.0, "peak_reserved_gib": 5.0}},
         "weight_gib": [1.0],
         "peak_rss_gib": 0.5,
-        "seam_bytes_per_forward": 0.0,
+        "bytes_per_forward": {},
+        "links": [],
         "losses": [],
     } | changes
 
@@ -54,13 +65,21 @@ def test_all_metrics(config, plan):
     slow = report(
         [1.0, 4.0],
         "cpu1",
-        load={"seconds": 4.0, "num_bytes": GIB, "anonymous_growth_bytes": GIB},
+        load=load(4.0, GIB),
         memory={"cpu1": {"peak_allocated_gib": 6.0}},
         peak_rss_gib=0.7,
-        seam_bytes_per_forward=float(GIB),
+        bytes_per_forward={"cfg": float(GIB)},
+        links=[{"axis": "cfg", "gb_s": 11.0}],
         warmup_s=7.0,
     )
-    first = report([2.0, 2.0], "cpu0", scatter_s=0.25, gather_s=0.5)
+    first = report(
+        [2.0, 2.0],
+        "cpu0",
+        scatter_s=0.25,
+        gather_s=0.5,
+        bytes_per_forward={"cfg": GIB / 2},
+        links=[{"axis": "cfg", "gb_s": 12.0}],
+    )
     metrics = run_metrics(config, plan, {0: first, 1: slow}, peak_tflops=1.0)
     expected = {
         "latency/step_ms": 3000.0,  # the slower rank's: 2 and 4
@@ -78,7 +97,11 @@ def test_all_metrics(config, plan):
         "load/gib": 2.0,
         "load/gib_per_second": 0.5,
         "load/anonymous_growth_gib": 1.0,
-        "communication/seam_gib_per_forward": 1.0,
+        "load/rank0/read_gib": 0.5,
+        "load/read_gib": 1.0,
+        "load/received_gib": 1.0,
+        "communication/cfg_gib_per_forward": 1.5,  # of both ranks
+        "communication/cfg_link_gb_s": 11.0,  # the slower one
         "communication/scatter_ms": 250.0,
         "communication/gather_ms": 500.0,
     }

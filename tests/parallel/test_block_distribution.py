@@ -59,12 +59,12 @@ def test_every_placement_gives_the_bits_of_one_device(run_config: Composer, vari
         ]:
             model = distribute(run_config(*base, *overrides), num_devices)
             assert torch.equal(model.module(*batch), expected), (num_devices, overrides)
-            assert model.seams is not None and model.seams.num_bytes > 0
+            assert model.traffic["blocks"].num_bytes > 0
 
 
 def test_one_device_needs_no_hooks(run_config: Composer):
     model = distribute(run_config("parallelism=block_distribution"), 1)
-    assert model.seams is None and model.module is model.bare
+    assert not model.traffic and model.module is model.bare
     assert not any(block._forward_pre_hooks for block in model.bare.blocks)
 
 
@@ -96,16 +96,17 @@ def test_bytes_that_cross(run_config: Composer, num_devices, placement, seams):
     others = num_devices - 1  # devices but the first
     each_forward = seams * HIDDEN + others * MODULATION + TIME_VECTOR + PATCHES
     once = others * (CONTEXT_BYTES + ROPE)
-    assert model.seams is not None
+    counted = model.traffic["blocks"]
+    assert isinstance(counted, Seams)
     with torch.inference_mode():
         context = model.bare.embed_text(text)
         model.module(latent, timestep, context=context)
-        assert model.seams.num_bytes == each_forward + once
-        assert model.seams.num_copies == seams + others + 2 + others * 3, "cos, sin and context are three"
+        assert counted.num_bytes == each_forward + once
+        assert counted.num_copies == seams + others + 2 + others * 3, "cos, sin and context are three"
         for _ in range(2):
-            model.seams.reset()
+            counted.reset()
             model.module(latent, timestep, context=context)
-            assert model.seams.num_bytes == each_forward, "no constant crosses twice"
+            assert counted.num_bytes == each_forward, "no constant crosses twice"
 
 
 def test_copies_of_constants_die_with_them(run_config: Composer):

@@ -79,12 +79,12 @@ def test_the_worst_moments_are_those_of_the_docstring():
     )
     heap = Heap()
     activations.block(heap, s, heap.new(s.stream))
-    # U = 32,760 x 5120 x 2 = 335,462,400; F = 32,760 x 13,824 x 2 = 905,748,480; 3 U + 2 F = 2,817,884,160
-    assert heap.peak - s.modulation == 3 * s.hidden + 2 * s.inner == 2_817_884_160
+    # U = 32,760 x 5120 x 2 = 335,462,400, W = 2 U: 5.5 U + 1.5 W = 2,851,430,400
+    assert heap.peak - s.modulation == 5.5 * s.hidden + 1.5 * s.fp32 == 2_851_430_400
     narrow = Sizes(architecture("small_ffn"), 1, (21, 30, 52))
     heap = Heap()
     activations.block(heap, narrow, heap.new(narrow.stream))
-    assert heap.peak - narrow.modulation == 4 * narrow.hidden + 2 * narrow.fp32
+    assert heap.peak - narrow.modulation == 5.5 * narrow.hidden + 1.5 * narrow.fp32
 
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "all_kept"])

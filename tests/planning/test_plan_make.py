@@ -87,9 +87,23 @@ def test_the_reference_is_mode_none_on_the_first_device(run_config: Composer, mo
     assert plan.block_owner == (0, 0)
 
 
-def test_what_must_be_bit_equal(run_config: Composer):
-    plan = make_plan(run_config("parallelism=data_parallel"), cpu_devices(2))
-    assert plan.must_be_bit_equal("denoise") and not plan.must_be_bit_equal("train")
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("parallelism=data_parallel",), True),
+        (("parallelism=cfg_parallel",), True),
+        (("parallelism=fsdp",), True),
+        (("parallelism=block_distribution", "offload=block_swap", "offload.blocks=2"), True),
+        (("parallelism=distributed", "workload=train"), False),
+        (("parallelism=context_parallel",), False),
+        (("parallelism=tensor_parallel",), False),
+        (("parallelism=data_parallel", "precision=fp8"), False),
+        (("parallelism=data_parallel", "attention=fa3_fp8"), False),
+    ],
+)
+def test_what_must_be_bit_equal(run_config: Composer, overrides, expected):
+    config = run_config(*overrides)
+    assert make_plan(config, cpu_devices(2)).must_be_bit_equal(config) is expected
 
 
 def test_training_two_experts_is_refused(run_config: Composer):

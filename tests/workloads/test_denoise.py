@@ -1,5 +1,6 @@
 """The sampler against numbers by hand, with experts whose answer is known."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import PER_TOKEN, TWO_EXPERTS, Composer
+from wanexp.parallel.requests import ForwardArguments
 from wanexp.workloads.denoise import Denoise, expert_for, sigma_schedule
 from wanexp.workloads.samples import Samples, draw_samples
 from wanexp.workloads.sizes import guidance_of
@@ -15,10 +17,27 @@ from wanexp.workloads.sizes import guidance_of
 class KnownExpert(nn.Module):
     """Predicts its `value` with the text, half of it with the negative one; notes its calls."""
 
+    @property
+    def bare(self) -> "KnownExpert":
+        return self
+
     def __init__(self, value: float, samples: Samples) -> None:
         super().__init__()
         self.value, self.samples = value, samples
         self.timesteps: list[Tensor] = []
+        self.num_requests: list[int] = []
+
+    def forwards(self, requests: Sequence[ForwardArguments]) -> list[Tensor]:
+        self.num_requests.append(len(requests))
+        return [
+            self(
+                request.latent,
+                request.timestep,
+                image_latent=request.image_latent,
+                context=request.context,
+            )
+            for request in requests
+        ]
 
     def embed_text(self, text: Tensor, clip_features: Tensor | None) -> Tensor:
         return torch.tensor(0.5 if text is self.samples.negative_text else 1.0)
@@ -32,7 +51,8 @@ class KnownExpert(nn.Module):
 
 def workload(config, *values: float, batch: int = 2) -> Denoise:
     samples = draw_samples(config.model, config.video, seed=0, indices=range(batch))
-    return Denoise(config, [KnownExpert(value, samples) for value in values], samples, nullcontext)
+    experts = [KnownExpert(value, samples) for value in values]
+    return Denoise(config, experts, samples, nullcontext)
 
 
 def test_the_schedule():
@@ -113,9 +133,20 @@ def test_parity_flows_cover_the_schedule_both_experts_and_both_texts(run_config:
     denoise = workload(run_config(*TWO_EXPERTS), 2.0, 10.0)
     denoise.step(0)
     flows = denoise.parity_flows()
-    assert flows.shape == (2, 3, 16, 2, 8, 8)
-    # steps 0, 2 (round half to even of 1.5) and 3; the last one with the negative text
-    assert flows[0, :, 0, 0, 0, 0].tolist() == [2.0, 10.0, 5.0]
+    assert flows.shape == (2, 4, 16, 2, 8, 8)
+    # the first step and the last, each with the text and with the negative one
+    assert flows[0, :, 0, 0, 0, 0].tolist() == [2.0, 1.0, 10.0, 5.0]
     assert torch.equal(denoise.latent, denoise.samples.noise)
     one = workload(run_config("workload.num_steps=1"), 2.0).parity_flows()
-    assert one.shape[1] == 1
+    assert one.shape[1] == 2
+    # without guidance a step between them too: 0, 2 (round half to even of 1.5) and 3
+    single = workload(run_config("workload.guidance_scale=[1]"), 2.0)
+    assert single.parity_flows().shape[1] == 3
+    assert single.experts[0].timesteps[1][0] == pytest.approx(1000 * sigma_schedule(4, 5.0)[2])
+
+
+def test_a_step_hands_its_forwards_over_at_once(run_config: Composer):
+    denoise = workload(run_config(), 2.0)
+    denoise.step(0)
+    denoise.parity_flows()
+    assert denoise.experts[0].num_requests == [2, 2, 2]

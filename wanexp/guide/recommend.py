@@ -16,8 +16,10 @@ from wanexp.guide.gpus import PRECISION_NEEDS
 from wanexp.hardware.devices import Device, find_devices
 from wanexp.hardware.profiles import profile_for
 from wanexp.parallel.layout import REPLICA_MODES
+from wanexp.planning.advice import nearest_that_fits
+from wanexp.planning.candidates import Candidate, Planned
 from wanexp.planning.memory import GIB
-from wanexp.planning.planner import Candidate, Planned, nearest_that_fits, plan_layouts
+from wanexp.planning.planner import plan_layouts
 from wanexp.planning.preflight import choose
 from wanexp.workloads.sizes import num_tokens
 
@@ -35,8 +37,8 @@ def setup_optimal_parallelism(
     GPU that you do not have, a list of them for several.
 
     Planned for one sample a replica at the model's usual video size, in bf16 (fp16 on GPUs without it) whatever the
-    file stores, because that is what runs; `reason` says so. Of the guide's modes none makes a single video faster, so
-    they are ranked by throughput.
+    file stores, because that is what runs; `reason` says so. The guide's modes are ranked by throughput, as replicas
+    make no single video faster.
 
     Returns:
         parallelism_type: none, data_parallel, block_distribution or distributed.

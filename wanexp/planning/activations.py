@@ -5,9 +5,9 @@ Written line by line beside that file and `wan/transformer.py`; where they chang
 U = B T dim elements in the compute dtype, W = the same in fp32 and F = B T ffn_dim elements in the compute dtype, the
 moments that can be the worst are
 
-    FFN, at the GELU:         hidden + x + normed + 2 F                        3 U + 2 F    (14B: 8.4 U, the worst)
+    FFN, at the GELU:         hidden + x + normed + 2 F                        3 U + 2 F    (8.4 U at 14B)
     norm2, rounding its end:  hidden + x + old normed + 2 W + new normed       4 U + 2 W    (8 U in 16 bits; 1.3B: FFN)
-    RoPE of k:                hidden + normed + q + k + U / 2 + 3 W / 2        4.5 U + 1.5 W       (7.5 U)
+    RoPE of q:                hidden + normed + v + k + q + U / 2 + 3 W / 2    5.5 U + 1.5 W       (8.5 U, 14B: worst)
     self-attention:           hidden + normed + q + k + v + attended           6 U
 
 hidden: the caller's reference to the block's input. Kernel internals (split-K workspace, attention statistics) are not
@@ -181,9 +181,9 @@ def rope(heap: Heap, s: Sizes, x: int) -> int:
 
 
 def self_attention(heap: Heap, s: Sizes, materialises_scores: bool) -> int:
-    q = rope(heap, s, project_and_norm(heap, s.hidden))
-    k = rope(heap, s, project_and_norm(heap, s.hidden))
     v = heap.new(s.hidden)
+    k = rope(heap, s, project_and_norm(heap, s.hidden))
+    q = rope(heap, s, project_and_norm(heap, s.hidden))
     if materialises_scores:  # sdpa_math: scores and their softmax in fp32, [batch, heads, tokens, tokens]
         scores = [heap.new(4 * s.batch * s.arch.num_heads * s.tokens**2) for _ in range(2)]
         heap.free(*scores)

@@ -1,20 +1,19 @@
 """Predicted peak memory of each device of a plan: weights, activations, workspace and context, in bytes.
 
-Pure. Weights are exact, from the architecture; activations follow `activations.py`. Training is a formula of its own.
+Pure. Weights are exact, from the architecture; activations follow `denoise_memory.py`. Training has a formula.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
 from wanexp.config import RunConfig
 from wanexp.hardware.devices import Device
 from wanexp.planning import activations
 from wanexp.planning.activations import Sizes
+from wanexp.planning.denoise_memory import denoise_heap
 from wanexp.planning.heap import MIB, Heap, reserved_bytes
-from wanexp.planning.plan import DTYPE_BYTES, Plan, RankPlan
-from wanexp.workloads.sizes import forwards_per_step, latent_shape
+from wanexp.planning.plan import Plan, RankPlan
+from wanexp.planning.sizes import input_bytes, sizes_of
 
 GIB = 1024**3
 
@@ -26,7 +25,6 @@ NCCL_BYTES = int(0.4 * GIB)
 WORKSPACE_BYTES = {True: 2 * 32 * MIB, False: 2 * 8320 * 1024}
 # Pages that live tensors share with holes when free pages are unmapped under a limit (expandable segments)
 PAGE_SLACK = 64 * MIB
-STEADY_BLOCKS = 3  # the allocator's pattern repeats from the second block on
 # Reserved over live bytes in training: a stated guess, its allocations are not traced
 TRAIN_FRAGMENTATION = 1.1
 
@@ -69,13 +67,20 @@ def predict_memory(
     """One entry for each of `plan.devices`. context_bytes: measured, else a default; CPU devices have none."""
     context = context_bytes_of(plan, context_bytes)
     entries: dict[int, DeviceMemory] = {}
-    known: dict[Any, DeviceMemory] = {}  # ranks with as many samples are alike
+    known: dict[tuple[int, int], tuple[int, int]] = {}  # ranks with as many samples are alike
     for rank in plan.ranks:
-        for position, device in enumerate(rank.devices):
-            key = rank.num_samples, position, plan.devices[device].compute_capability
+        for position, index in enumerate(rank.devices):
+            weights, workspace = plan.weight_bytes[index], workspace_bytes(plan.devices[index])
+            if config.workload.name == "train":
+                entries[index] = _predict_training(config, plan, rank, position, weights, workspace, context)
+                continue
+            key = rank.num_samples, position
             if key not in known:
-                known[key] = _predict_device(config, plan, rank, position, context)
-            entries[device] = known[key]
+                known[key] = _activations(config, plan, rank, position)
+            live, reserved = known[key]
+            entries[index] = DeviceMemory(
+                weights, 0, live, workspace, context, reserved=weights + workspace + reserved
+            )
     return tuple(entries[device] for device in range(len(plan.devices)))
 
 
@@ -87,117 +92,20 @@ def context_bytes_of(plan: Plan, context_bytes: int | None) -> int:
     return (CONTEXT_BYTES if context_bytes is None else context_bytes) + (NCCL_BYTES if uses_nccl else 0)
 
 
-def sizes_of(config: RunConfig, batch: int) -> Sizes:
-    """Sizes of the tensors of one forward of `batch` samples."""
-    _, frames, height, width = latent_shape(config.model, config.video)
-    compute = DTYPE_BYTES[config.precision.dtype]
-    wide = config.precision.residual_fp32 or config.workload.name == "train"  # fp32 masters: an fp32 stream
-    return Sizes(
-        config.model.architecture,
-        batch,
-        config.model.architecture.token_grid(frames, height, width),
-        compute=compute,
-        residual=4 if wide else compute,
-        distinct_timesteps=2 if config.model.per_token_timestep else 0,
-    )
+def _activations(config: RunConfig, plan: Plan, rank: RankPlan, position: int) -> tuple[int, int]:
+    """Bytes that are live at the worst moment of a denoising step, and what the allocator reserves for them."""
+    heap = denoise_heap(config, plan, rank, position)
+    return heap.peak, reserved_bytes(heap.events)
 
 
-def _predict_device(
-    config: RunConfig, plan: Plan, rank: RankPlan, position: int, context: int
-) -> DeviceMemory:
-    device: Device = plan.devices[rank.devices[position]]
-    weights = plan.weight_bytes[rank.devices[position]]
-    sizes = sizes_of(config, rank.num_samples)
+def workspace_bytes(device: Device) -> int:
+    """What cuBLAS keeps on `device`."""
     hopper = device.compute_capability is None or device.compute_capability >= (9, 0)
-    workspace = WORKSPACE_BYTES[hopper] if device.type == "cuda" else 0
-    if config.workload.name == "train":
-        return _predict_training(config, plan, sizes, position, weights, workspace, context)
-    heap = denoise_heap(
-        sizes,
-        inputs=_input_bytes(config, rank.num_samples) if position == plan.block_owner[0] else (),
-        num_blocks=sum(owner == position for owner in plan.block_owner),
-        is_last=position == plan.block_owner[-1],
-        num_experts=config.model.num_experts,
-        forwards=forwards_per_step(config),
-        interleaved=_is_interleaved(plan.block_owner),
-        materialises_scores=config.attention == "sdpa_math",
-    )
-    return DeviceMemory(
-        weights=weights,
-        states=0,
-        activations=heap.peak,
-        workspace=workspace,
-        context=context,
-        reserved=weights + workspace + reserved_bytes(heap.events),
-    )
-
-
-def _is_interleaved(block_owner: Sequence[int]) -> bool:
-    changes = sum(a != b for a, b in pairwise(block_owner))
-    return changes >= len(set(block_owner))
-
-
-def _input_bytes(config: RunConfig, batch: int) -> tuple[int, ...]:
-    """The samples as `workloads.samples` draws them, fp32, and the latent that is being denoised."""
-    arch = config.model.architecture
-    sizes = sizes_of(config, batch)
-    text = batch * arch.text_len * arch.text_dim * 4
-    parts = [sizes.latent(arch.out_channels)] * 2 + [text, text]
-    parts.append(sizes.latent(arch.in_channels - arch.out_channels))
-    parts.append(batch * arch.clip_tokens * arch.clip_dim * 4)
-    return tuple(parts)
-
-
-def denoise_heap(
-    s: Sizes,
-    *,
-    inputs: Sequence[int],
-    num_blocks: int,
-    is_last: bool,
-    num_experts: int = 1,
-    forwards: int = 2,
-    interleaved: bool = False,
-    materialises_scores: bool = False,
-) -> Heap:
-    """What one device allocates in a denoising step, weights aside.
-
-    inputs: sizes of the samples, where they live; empty on a device that only gets hidden states across a seam.
-    """
-    heap = Heap()
-    is_home = bool(inputs)
-    for size in inputs:
-        heap.new(size)
-    for _ in range(num_experts):
-        for _ in range(forwards):
-            heap.new(s.context)  # with and without the prompt; other devices keep a copy each
-        heap.new(s.rope)
-        heap.new(s.rope)
-    for forward in range(forwards):
-        if is_home:
-            index = heap.new(s.timestep_index)
-            hidden, modulation = activations.embed(heap, s)
-        else:
-            hidden, modulation = heap.new(s.stream), heap.new(s.modulation)
-            index = heap.new(s.timestep_index)
-        for number in range(min(num_blocks, STEADY_BLOCKS)):
-            if interleaved and number:  # it went to the next device and came back as a copy
-                heap.free(hidden)
-                hidden = heap.new(s.stream)
-            hidden = activations.block(
-                heap, s, hidden, first=is_home and number == 0, materialises_scores=materialises_scores
-            )
-        if is_last:
-            hidden = activations.head(heap, s, hidden)
-        if is_home:
-            flow = heap.new(s.latent(s.arch.out_channels))
-            if forward == forwards - 1:
-                heap.free(flow)
-        heap.free(hidden, modulation, index)
-    return heap
+    return WORKSPACE_BYTES[hopper] if device.type == "cuda" else 0
 
 
 def _predict_training(
-    config: RunConfig, plan: Plan, s: Sizes, position: int, weights: int, workspace: int, context: int
+    config: RunConfig, plan: Plan, rank: RankPlan, position: int, weights: int, workspace: int, context: int
 ) -> DeviceMemory:
     """fp32 masters, gradients, AdamW's two moments, DDP's buckets, activations: the worst of four moments.
 
@@ -208,22 +116,29 @@ def _predict_training(
         optimiser step        all gradients, and sqrt(v) of all weights at once (torch's foreach AdamW on CUDA)
     With DDP gradients are views of its buckets, which stay.
     """
+    s = sizes_of(config, rank.num_samples)
     arch, checkpointing = s.arch, config.workload.activation_checkpointing
     own_blocks = sum(owner == position for owner in plan.block_owner)
     num_weights = weights // 4 // config.model.num_experts  # the first expert is trained
     gradients, moments = 4 * num_weights, 8 * num_weights
     buckets = gradients if plan.mode == "distributed" else 0
     fresh = 0 if buckets else gradients  # what a backward pass allocates for them
-    copies = s.compute * num_weights if s.compute < 4 else 0
+    shard, block_bytes = plan.layout.shard, 4 * arch.num_block_parameters()
+    # Under FSDP too autocast keeps a copy of every whole weight, once gathered.
+    copies = s.compute * num_weights * shard if s.compute < 4 else 0
+    outer_bytes = 4 * arch.num_outer_parameters() if shard > 1 else 0
     is_home = position == plan.block_owner[0]
-    kept = sum(_input_bytes(config, s.batch)[:3]) + 2 * s.rope if is_home else 2 * s.rope
+    kept = sum(input_bytes(config, s.batch)[:3]) + 2 * s.rope if is_home else 2 * s.rope
     kept += s.latent(arch.out_channels) * 2 + s.batch * arch.text_len * (arch.text_dim + 2 * arch.dim) * 4
     if copies:  # those of the embeddings live until their own backward pass, the last
         kept += copies - s.compute * own_blocks * arch.num_block_parameters()
-    begins = training_backward_bytes(s, own_blocks, checkpointing)
-    ends = fresh + training_backward_bytes(s, 1, checkpointing)
+    # A block in use, the next one, and in the backward pass its gradient, whole and on its way to the shards
+    of_shards = outer_bytes + 4 * block_bytes if shard > 1 else 0
+    begins = of_shards + training_backward_bytes(s, own_blocks, checkpointing)
+    ends = of_shards + fresh + training_backward_bytes(s, 1, checkpointing)
     kept_blocks = (own_blocks - 1) * (s.fp32 if checkpointing else s.fp32 + training_block_saved(s))
-    forward = copies + kept_blocks + training_block_forward(s)
+    gathered = outer_bytes + 3 * block_bytes if shard > 1 else 0  # as in `denoise_memory.py`
+    forward = gathered + copies + kept_blocks + training_block_forward(s)
     on_cuda = plan.device_type == "cuda"
     step = fresh + (gradients if on_cuda else 0)  # one weight at a time on the CPU
     worst = max(forward, begins, ends, step)

@@ -152,10 +152,10 @@ def _check_workload(config: RunConfig, layout: Layout, batch_size: int) -> None:
                 f"{axis}={getattr(layout, axis)} is for inference, workload is train; write parallelism=distributed or "
                 "parallelism=fsdp"
             )
-    if layout.dp > 1 and layout.shard == 1 and config.parallelism.mode not in ("distributed", "fsdp"):
+    if layout.dp > 1 and layout.shard == 1 and config.parallelism.mode != "distributed":
         raise LayoutError(
-            f"workload=train with dp={layout.dp} needs synchronised gradients, which {config.parallelism.mode} has "
-            "with shard only; write parallelism=distributed or parallelism=fsdp"
+            f"workload=train with dp={layout.dp} needs synchronised gradients, which {config.parallelism.mode} "
+            "has not; write parallelism=distributed or parallelism=fsdp"
         )
     if batch_size % layout.dp:
         raise LayoutError(

@@ -11,8 +11,10 @@ from typing import Any
 from wanexp.config import AUTO_MODE, DeviceProfile, RunConfig
 from wanexp.errors import LayoutError
 from wanexp.hardware.devices import Device
+from wanexp.planning.advice import nearest_that_fits
+from wanexp.planning.candidates import Candidate, Planned
 from wanexp.planning.memory import GIB
-from wanexp.planning.planner import Candidate, Planned, judge, nearest_that_fits, plan_layouts
+from wanexp.planning.planner import judge, plan_layouts
 
 ProfileOf = Callable[[Device], DeviceProfile | None]
 
@@ -70,18 +72,25 @@ class Preflight:
 
 
 def preflight(
-    config: RunConfig, devices: Sequence[Device], found: Sequence[Device], profile_of: ProfileOf
+    config: RunConfig,
+    devices: Sequence[Device],
+    found: Sequence[Device],
+    profile_of: ProfileOf,
+    *,
+    host_free_bytes: int | None = None,
 ) -> Preflight:
-    """Judge the run on `devices`; `found` are all that advice may use.
+    """Judge the run on `devices`; `found` are all that advice may use. host_free_bytes: as of `plan_layouts`.
 
     Raises LayoutError where the mode does not suit these devices, this model or this batch.
     """
     if config.parallelism.mode == AUTO_MODE:
-        chosen = choose(plan_layouts(config, devices, [profile_of(device) for device in devices]))
+        profiles = [profile_of(device) for device in devices]
+        chosen = choose(plan_layouts(config, devices, profiles, host_free_bytes=host_free_bytes))
         indices = [device.index for device in chosen.devices]
         config = dataclasses.replace(config, parallelism=chosen.parallelism, gpus=indices)
     else:
-        chosen = judge(config, config.parallelism, devices, [profile_of(device) for device in devices])
+        profiles = [profile_of(device) for device in devices]
+        chosen = judge(config, config.parallelism, devices, profiles, host_free_bytes=host_free_bytes)
         if chosen.plan is None:
             raise LayoutError(chosen.rejection)
     assert chosen.plan is not None
@@ -104,9 +113,4 @@ def choose(planned: Planned) -> Candidate:
     laid_out = [candidate for candidate in planned.candidates if candidate.plan]
     if not laid_out:
         raise LayoutError(planned.candidates[0].rejection)
-    return min(laid_out, key=_excess)
-
-
-def _excess(candidate: Candidate) -> int:
-    pairs = zip(candidate.devices, candidate.memory, strict=True)
-    return max(entry.needed - device.free_bytes for device, entry in pairs)
+    return min(laid_out, key=lambda candidate: candidate.excess_bytes)

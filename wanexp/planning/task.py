@@ -6,18 +6,21 @@ hand with the memory that is free now.
 
 import json
 
+import psutil
+
 from wanexp.config import RunConfig, conf_dir
 from wanexp.console import Console
 from wanexp.hardware.devices import Device, find_devices, select_devices
 from wanexp.hardware.profiles import profile_for
-from wanexp.planning.planner import cap_memory, nearest_that_fits, plan_layouts, profile_devices
+from wanexp.planning.advice import nearest_that_fits
+from wanexp.planning.planner import cap_memory, plan_layouts, profile_devices
 
 
 def print_plan(config: RunConfig, console: Console | None = None) -> None:
     """A table, or with plan_json=true a JSON document, on stdout. Raises UserError."""
     devices = devices_to_plan(config)
     profiles = [profile_for(config.hardware, device, conf_dir()) for device in devices]
-    planned = plan_layouts(config, devices, profiles)
+    planned = plan_layouts(config, devices, profiles, host_free_bytes=_host_free_bytes(config))
     advice = "" if planned.winner else nearest_that_fits(config, devices, profiles)
     if config.plan_json:
         print(json.dumps(planned.summary() | {"advice": advice or None}, indent=1))
@@ -25,11 +28,18 @@ def print_plan(config: RunConfig, console: Console | None = None) -> None:
     (console or Console()).plan_table(config, devices, planned, advice)
 
 
+def _is_named_machine(config: RunConfig) -> bool:
+    return config.hardware.device_type == "cuda" and config.hardware.device is not None
+
+
+def _host_free_bytes(config: RunConfig) -> int | None:
+    """Of this machine; of a named one nobody knows."""
+    return None if _is_named_machine(config) else psutil.virtual_memory().available
+
+
 def devices_to_plan(config: RunConfig) -> tuple[Device, ...]:
     """All devices, or those that `gpus` names."""
     hardware = config.hardware
-    if hardware.device_type == "cuda" and hardware.device is not None:
-        found = profile_devices(hardware)
-    else:
-        found = cap_memory(find_devices(hardware), hardware)
+    named = _is_named_machine(config)
+    found = profile_devices(hardware) if named else cap_memory(find_devices(hardware), hardware)
     return select_devices(found, config.gpus, "auto")

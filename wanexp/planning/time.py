@@ -1,13 +1,13 @@
 """Predicted seconds of a forward and of a step: work over achieved rates, kind by kind. Pure.
 
     forward = GEMM FLOPs / gemm + attention FLOPs / attention + bytes of elementwise kernels / elementwise
-              + what of its exchanges with other GPUs is not hidden (`_exchange_seconds`)
+              + what of its exchanges with other GPUs is not hidden (`block_seconds`)
     step    = forwards * forward, of the slowest rank; under cfg half as many, pipelined as `pipeline_time` plays it
     training step = (1 + 2 backward + 1 recompute) * forward + 1/2 attention + optimiser bytes
                     + what of DDP's all-reduce is not hidden
 
 Rates come from the profile: measured ones (`scripts/calibrate.py`) or, where it has none, the datasheet's times a
-fraction (FRACTIONS). FLOPs as of `WanArchitecture.forward_flops`; bytes are counted kernel by kernel below.
+fraction (FRACTIONS). FLOPs and bytes as of `block_work.py`, counted kernel by kernel.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,19 @@ from wanexp.hardware.devices import Device
 from wanexp.offload.sizes import block_bytes
 from wanexp.offload.swap_plan import swapped_forward_s
 from wanexp.parallel.layout import Layout
-from wanexp.parallel.pipeline import pipeline_time, stages_of
+from wanexp.parallel.pipeline import best_chunks, pipeline_time, stages_of
 from wanexp.parallel.traffic import ring_factor
 from wanexp.planning.activations import Sizes
-from wanexp.planning.memory import sizes_of
+from wanexp.planning.block_work import (
+    Kernels,
+    block_elementwise_bytes,
+    block_flops,
+    fused_elementwise_bytes,
+    kernels_of,
+    quantized_bytes,
+)
 from wanexp.planning.plan import DTYPE_BYTES, Plan, RankPlan
+from wanexp.planning.sizes import share_of, sizes_of
 from wanexp.workloads.sizes import forwards_per_step
 
 # Achieved share of the datasheet's peak, as scripts/calibrate.py found it on H200 on 2026-11-22 (eager, bf16): GEMM 692
@@ -43,6 +51,7 @@ LATENCY_US = 15.0  # of a copy between devices
 FSDP_COPY_FACTOR = (
     4  # a gathered block is written, and copied to its parameters: read and written; its shard is read
 )
+ENOUGH_MICROBATCHES = 16  # more do not change how many chunks are the fastest, only how long the answer takes
 HIDDEN_SHARE = 0.9  # of the backward pass, during which DDP's all-reduce can run
 ADAMW_BYTES = 80  # read and written per weight by torch's foreach AdamW: 8 fp32 kernels
 # Where nothing is known of a device: ratios of a generic GPU, good for ranking and never shown
@@ -112,63 +121,67 @@ def rates_of(profile: DeviceProfile | None, dtype: str, *, has_p2p: bool = True)
     )
 
 
-def block_flops(s: Sizes) -> tuple[int, int]:
-    """Matrix products (the context's k and v included) and attention of one block, 2 FLOPs a multiply-add."""
-    arch, tokens = s.arch, s.tokens
-    keys = arch.text_len + arch.clip_tokens
-    gemm = 2 * tokens * (6 * arch.dim**2 + 2 * arch.dim * arch.ffn_dim) + 4 * keys * arch.dim**2
-    return s.batch * gemm, s.batch * 4 * tokens * (tokens + keys) * arch.dim
-
-
-def block_elementwise_bytes(s: Sizes) -> int:
-    """Bytes that the kernels between the matrix products read and write in one block, as eager PyTorch runs them."""
-    c, r = s.compute, s.residual
-    upcast, rounded = (r + 4 if r < 4 else 0), (4 + c if c < 4 else 0)
-    narrowed = 4 + r if r < 4 else 0
-    norm = upcast + 8 + 8 + 8 + rounded  # modulated_norm: cast, LayerNorm, times, plus, cast
-    norm3 = upcast + 8 + (narrowed or rounded)
-    qk_norms = 3 * (2 * c + 2 * c)  # RMSNorm and its weight: q and k of self-attention, q of cross-attention
-    # Two halves, each: two products of strided 16-bit channels (whole cache lines are read), a sum, a cast; then stack
-    rope = 2 * (4 * (c + 2) + 2 * 6 + (4 + c if c < 4 else 0) + 2 * c)
-    gated = 2 * (r + c + 4 + narrowed)
-    added = 2 * r + c
-    gathered = 4 * 8 if s.distinct_timesteps else 0
-    gelu = 2 * c * s.arch.ffn_dim / s.arch.dim
-    return round(s.elements * (2 * norm + norm3 + qk_norms + rope + gated + added + gathered + gelu))
-
-
-def block_seconds(s: Sizes, rates: Rates, layout: Layout = Layout()) -> float:  # noqa: B008  # immutable
+def block_seconds(
+    s: Sizes,
+    rates: Rates,
+    layout: Layout = Layout(),  # noqa: B008  # immutable
+    kernels: Kernels = Kernels(),  # noqa: B008
+) -> float:
     """One block's forward on one GPU of `layout`, exchanges included; never faster than its launches."""
     gemm, attention = block_flops(s)
     tokens, shares = layout.ring * layout.ulysses, layout.ring * layout.ulysses * layout.tp
-    work = gemm / rates.gemm + attention / rates.attention
-    elementwise = block_elementwise_bytes(s) / tokens
-    # Ulysses packs q, k and v and puts o together: 4 tensors read and written.
-    elementwise += 8 * s.hidden / tokens if layout.ulysses > 1 else 0
-    # A ring merges each part but the first: the fp32 result so far and the part read, the result written.
-    elementwise += (layout.ring - 1) * (2 * s.fp32 + s.hidden) / tokens
-    compute = max(work / shares + elementwise / rates.elementwise, BLOCK_KERNELS * rates.launch_s)
-    return _with_exchange(s, rates, layout, compute, attention / shares / rates.attention)
-
-
-def _with_exchange(s: Sizes, rates: Rates, layout: Layout, compute: float, attention: float) -> float:
-    """Seconds of a block with its exchanges: Ulysses and tensor parallel wait for theirs, ring and FSDP hide them.
-
-    Bytes as of `parallel/traffic.py`, a block's share of them.
-    """
-    seconds, part = compute, s.hidden / (layout.ring * layout.ulysses)
+    gemm_s = gemm / rates.gemm / kernels.linear_speed / shares
+    attention_s = attention / rates.attention / kernels.attention_speed / shares
+    compute_s = gemm_s + attention_s + _elementwise_seconds(s, rates, layout, kernels)
+    compute_s = max(compute_s, BLOCK_KERNELS * rates.launch_s)
+    part = s.hidden / tokens  # of hidden states on a rank, in bytes
     if layout.ulysses > 1:
-        seconds += 4 * part * (layout.ulysses - 1) / layout.ulysses / rates.link + 2 * rates.latency_s
+        query_s = 2 * s.batch * s.tokens * s.arch.dim**2 / rates.gemm / kernels.linear_speed / shares
+        compute_s += _ulysses_seconds(
+            part / layout.tp, rates, layout, query_s=query_s, attention_s=attention_s
+        )
     if layout.ring > 1:  # each step's transfer beside its share of the attention
-        passed_on = 2 * part / rates.link + rates.latency_s
-        seconds += (layout.ring - 1) * max(0.0, passed_on - attention / layout.ring)
+        passed_on = 2 * part / layout.tp / rates.link + rates.latency_s
+        compute_s += (layout.ring - 1) * max(0.0, passed_on - attention_s / layout.ring)
     if layout.tp > 1:
-        seconds += 3 * part * ring_factor(layout.tp) / rates.link + 5 * rates.latency_s
-    if layout.shard > 1:
-        block_bytes = s.compute * s.arch.num_block_parameters()
-        gather = block_bytes * (layout.shard - 1) / layout.shard / rates.link + rates.latency_s
-        seconds = max(seconds + FSDP_COPY_FACTOR * block_bytes / rates.memory, gather)
-    return seconds
+        compute_s += 3 * part * ring_factor(layout.tp) / rates.link + 6 * rates.latency_s
+    if layout.shard > 1:  # the next block is gathered beside this one
+        weights = s.compute * s.arch.num_block_parameters()
+        gather_s = weights * (layout.shard - 1) / layout.shard / rates.link + rates.latency_s
+        compute_s = max(compute_s + FSDP_COPY_FACTOR * weights / rates.memory, gather_s)
+    return compute_s
+
+
+def _elementwise_seconds(s: Sizes, rates: Rates, layout: Layout, kernels: Kernels) -> float:
+    """What lies between the products and the attention, and what a layout adds to it, each rank's share."""
+    own = share_of(s, layout)
+    if kernels.is_fused:
+        seconds = fused_elementwise_bytes(own, tp=layout.tp) / rates.memory
+    else:
+        seconds = (
+            block_elementwise_bytes(s, tp=layout.tp) / (layout.ring * layout.ulysses) / rates.elementwise
+        )
+    num_bytes = quantized_bytes(own, kernels.linear, tp=layout.tp)
+    # Ulysses packs q, k and v and puts o together: 4 tensors read and written.
+    num_bytes += 8 * own.hidden // layout.tp if layout.ulysses > 1 else 0
+    if layout.ring > 1:
+        # Merging a part: the result so far (of 16 bits at first) scaled to fp32; the part added to it. Rounded at last.
+        merged = own.hidden + own.fp32 + (layout.ring - 2) * 2 * own.fp32
+        merged += (layout.ring - 1) * (2 * own.fp32 + own.hidden) + own.fp32 + own.hidden
+        num_bytes += merged // layout.tp
+    return seconds + num_bytes / rates.elementwise
+
+
+def _ulysses_seconds(
+    part: float, rates: Rates, layout: Layout, *, query_s: float, attention_s: float
+) -> float:
+    """What of the exchange of heads is waited for: v and k travel beside the products of k and q, and without a ring
+    half of the result beside the attention of the other half.
+    """
+    one_s = part * (layout.ulysses - 1) / layout.ulysses / rates.link
+    behind_products = max(0.0, 2 * one_s - 2 * query_s)
+    hidden_result = 0.0 if layout.ring > 1 else min(one_s / 2, attention_s / 2)
+    return behind_products + one_s + one_s - hidden_result + 2 * rates.latency_s
 
 
 def outer_seconds(s: Sizes, rates: Rates) -> float:
@@ -179,10 +192,7 @@ def outer_seconds(s: Sizes, rates: Rates) -> float:
 
 def predict_time(config: RunConfig, plan: Plan, profiles: Sequence[DeviceProfile | None]) -> TimePrediction:
     """profiles: what is known of each of `plan.devices`."""
-    rates = [
-        rates_of(profile, config.precision.dtype, has_p2p=_has_p2p(device, plan.devices))
-        for profile, device in zip(profiles, plan.devices, strict=True)
-    ]
+    rates = _rates(config, plan, profiles)
     per_rank = [_rank_step(config, plan, rank, rates) for rank in plan.ranks]
     slowest = max(range(len(per_rank)), key=lambda rank: per_rank[rank][0])
     step_s, seam_s = per_rank[slowest]
@@ -195,6 +205,13 @@ def predict_time(config: RunConfig, plan: Plan, profiles: Sequence[DeviceProfile
     return TimePrediction(forward_s, step_s, seam_s, is_known=all(rate.is_known for rate in rates))
 
 
+def _rates(config: RunConfig, plan: Plan, profiles: Sequence[DeviceProfile | None]) -> list[Rates]:
+    return [
+        rates_of(profile, config.precision.dtype, has_p2p=_has_p2p(device, plan.devices))
+        for profile, device in zip(profiles, plan.devices, strict=True)
+    ]
+
+
 def _has_p2p(device: Device, devices: Sequence[Device]) -> bool:
     return {other.index for other in devices} <= {device.index, *device.peers}
 
@@ -205,17 +222,14 @@ def _rank_step(config: RunConfig, plan: Plan, rank: RankPlan, rates: Sequence[Ra
     num_forwards = forwards_per_step(config) // plan.layout.cfg * rank.num_samples // batch
     sizes = sizes_of(config, batch)
     owned = [rates[device] for device in rank.devices]
-    outer_s = outer_seconds(sizes, owned[plan.block_owner[0]])
+    kernels = [kernels_of(config, plan.devices[device]) for device in rank.devices]
     stages = stages_of(plan.block_owner, len(plan.block_owner))
-    stage_s = [
-        (stage.stop - stage.start) * block_seconds(sizes, owned[stage.position], plan.layout)
-        for stage in stages
+    block_s = [
+        block_seconds(sizes, *pair) for pair in zip(owned, [plan.layout] * len(owned), kernels, strict=True)
     ]
-    stage_s[0] += outer_s
-    seam_s = 0.0
-    if plan.layout.blocks > 1:
-        slowest = min(rate.link for rate in owned)
-        seam_s = sizes.stream / slowest + max(rate.latency_s for rate in owned)
+    stage_s = [(stage.stop - stage.start) * block_s[stage.position] for stage in stages]
+    stage_s[0] += outer_seconds(sizes, owned[plan.block_owner[0]])
+    seam_s = seam_seconds(sizes, owned) if plan.layout.blocks > 1 else 0.0
     seams_s = seam_s * (len(stages) - 1)
     if plan.is_pipelined:
         step_s = pipeline_time(stage_s, [stage.position for stage in stages], num_forwards, seam_s)
@@ -232,6 +246,29 @@ def _rank_step(config: RunConfig, plan: Plan, rank: RankPlan, rates: Sequence[Ra
         )
         step_s = max(step_s, swapped_s)
     return step_s, seams_s
+
+
+def seam_seconds(s: Sizes, rates: Sequence[Rates]) -> float:
+    """A copy of the hidden states from one GPU of a rank to another, by the slowest of their links."""
+    return s.stream / min(rate.link for rate in rates) + max(rate.latency_s for rate in rates)
+
+
+def fastest_chunks(config: RunConfig, plan: Plan, profiles: Sequence[DeviceProfile | None]) -> int:
+    """In how many runs to deal the blocks out so that a step is the fastest (`parallelism.block_chunks`)."""
+    if not plan.is_pipelined:
+        return plan.layout.blocks
+    rank, sizes = plan.ranks[0], sizes_of(config, 1)
+    rates = _rates(config, plan, profiles)[: plan.layout.blocks]
+    kernels = kernels_of(config, plan.devices[0])
+    block_s = max(block_seconds(sizes, rate, plan.layout, kernels) for rate in rates)
+    num_microbatches = forwards_per_step(config) // plan.layout.cfg * rank.num_samples
+    return best_chunks(
+        len(plan.block_owner),
+        plan.layout.blocks,
+        len(plan.block_owner) * block_s,
+        seam_seconds(sizes, rates),
+        min(num_microbatches, ENOUGH_MICROBATCHES),
+    )
 
 
 def swapped_block_bytes(config: RunConfig, plan: Plan) -> int:

@@ -1,0 +1,75 @@
+"""Work of one block by hand, and what other kernels change about it."""
+
+import pytest
+
+from tests.planning.test_measured import judged
+from tests.planning.test_planner import composed, gpu
+from wanexp.planning.activations import Sizes
+from wanexp.planning.block_work import (
+    block_elementwise_bytes,
+    block_flops,
+    fused_elementwise_bytes,
+    kernels_of,
+    quantized_bytes,
+)
+from wanexp.wan.architecture import WanArchitecture
+
+S = Sizes(WanArchitecture(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40), 1, (21, 30, 52))
+
+
+def step_s(*overrides: str) -> float:
+    time = judged("14b", "parallelism=none", *overrides).time
+    assert time
+    return time.step_s
+
+
+def test_flops_of_a_block():
+    """2 T (6 d^2 + 2 d f), the context's k and v on 512 tokens; 4 T (T + 512) d."""
+    gemm, attention = block_flops(S)
+    assert gemm == 2 * 32760 * (6 * 5120**2 + 2 * 5120 * 13824) + 4 * 512 * 5120**2
+    assert attention == 4 * 32760 * (32760 + 512) * 5120
+
+
+def test_fused_kernels_move_each_tensor_once():
+    """19 x [tokens, dim] in 16 bits, against 118 of eager PyTorch, of which the GELU has 5.4."""
+    hidden = 32760 * 5120 * 2
+    assert fused_elementwise_bytes(S) == 19 * hidden
+    assert block_elementwise_bytes(S) / hidden == pytest.approx(118.4, rel=0.001)
+
+
+def test_tensor_parallel_divides_what_is_of_heads_and_columns():
+    hidden = S.hidden
+    assert fused_elementwise_bytes(S, tp=2) == (13 + (6 + 3) / 2) * hidden
+    assert block_elementwise_bytes(S, tp=4) < block_elementwise_bytes(S, tp=2) < block_elementwise_bytes(S)
+
+
+def test_8_bit_layers_read_their_inputs_or_weights_once_more():
+    """fp8: 5 inputs of dim and one of ffn_dim, 2 bytes read and 1 written. Else 7 bytes a weight."""
+    assert quantized_bytes(S, "dtype") == 0
+    assert quantized_bytes(S, "fp8") == 3 * 32760 * (5 * 5120 + 13824)
+    assert quantized_bytes(S, "int8_weight") == 7 * S.arch.num_block_parameters()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_fused"),
+    [((), True), (("kernels=triton",), True), (("kernels=torch",), False), (("workload=train",), False)],
+)
+def test_auto_fuses_for_inference_on_gpus(overrides, is_fused):
+    assert kernels_of(composed(*overrides), gpu(0, 24)).is_fused is is_fused
+
+
+def test_named_kernels_of_attention_count_with_their_speed():
+    """14B at 480p: 1.79 PFLOP a step in attention, 3.15 s at 567 TFLOP/s, 2.56 s at 1.23 times that."""
+    base = step_s()
+    assert step_s("attention=auto") == base
+    assert base - step_s("attention=fa3") == pytest.approx(3.15 - 2.56, rel=0.03)
+    assert step_s("attention=sdpa_flash") > 1.2 * base
+
+
+def test_fused_kernels_save_nearly_all_between_the_products():
+    """40 blocks x 2 x (39.7 GB / 2538 GB/s - 6.4 GB / 4080 GB/s) = 1.13 s."""
+    assert step_s() - step_s("kernels=triton") == pytest.approx(1.13, rel=0.03)
+
+
+def test_8_bit_weights_cost_time_where_there_are_no_units_for_them():
+    assert step_s("precision=int8_weight") > step_s()

@@ -1,0 +1,216 @@
+"""What one device allocates in a denoising step, weights aside: the forwards of `activations.py`, as a layout has them.
+
+Beside the blocks' own tensors, with U = [batch, own tokens, dim] in the compute dtype and P the bytes of one block:
+
+    ring, ulysses   tokens are divided for blocks and head; the first block's input, latent and RoPE tables are whole
+                    ulysses: v and k are on their way (packed and received) while q is turned        + 2 U
+                    ring:    two blocks of k and v, two results and their fp32 merging               + 6 U (7 U above 2)
+    tp              the FFN's columns are divided
+    shard           the weights outside of the blocks, and 3 P: the block in use, the buffer it was gathered in (FSDP2
+                    frees it at the next block) and the gathering of the next one
+    blocks          pipelined: a hidden state more for each micro-batch that has left or is to come back
+"""
+
+from collections import deque
+from collections.abc import Sequence
+
+from wanexp.config import RunConfig
+from wanexp.parallel.layout import Layout
+from wanexp.parallel.pipeline import Stage, stages_of, wavefront
+from wanexp.parallel.shares import heads_of_ranks
+from wanexp.planning import activations
+from wanexp.planning.activations import Sizes
+from wanexp.planning.heap import Heap
+from wanexp.planning.plan import Plan, RankPlan
+from wanexp.planning.sizes import input_bytes, share_of, sizes_of
+from wanexp.workloads.sizes import forwards_per_step
+
+STEADY_BLOCKS = 3  # the allocator's pattern repeats from the second block on
+STEADY_ROUNDS = 3  # and that of a pipeline's visits to a device from the second on
+
+
+def denoise_heap(config: RunConfig, plan: Plan, rank: RankPlan, position: int) -> Heap:
+    """The allocations of one step on the device at `position` of `rank`."""
+    heap = Heap()
+    samples, is_home = sizes_of(config, rank.num_samples), position == plan.block_owner[0]
+    if is_home:
+        for size in input_bytes(config, rank.num_samples):
+            heap.new(size)
+    own = share_of(samples, plan.layout)
+    for _ in range(config.model.num_experts):
+        for _ in range(forwards_per_step(config)):
+            heap.new(samples.context)  # with and without the prompt; other devices keep a copy each
+        for tables in (samples,) if own.grid == samples.grid else (samples, own):
+            heap.new(tables.rope)
+            heap.new(tables.rope)
+    forwards = forwards_per_step(config) // plan.layout.cfg
+    if plan.is_pipelined:
+        one = Forward(heap, config, sizes_of(config, 1), plan.layout)
+        _pipelined(
+            one, stages_of(plan.block_owner, len(plan.block_owner)), position, forwards * rank.num_samples
+        )
+    else:
+        _one_after_another(Forward(heap, config, samples, plan.layout), plan.block_owner, position, forwards)
+    return heap
+
+
+class Forward:
+    """The parts of one forward on a heap. Tensors are numbers, as of `Heap`."""
+
+    def __init__(self, heap: Heap, config: RunConfig, whole: Sizes, layout: Layout) -> None:
+        self.heap, self.whole, self.layout = heap, whole, layout
+        self.own = share_of(whole, layout)
+        self.materialises_scores = config.attention == "sdpa_math"
+
+    def begin(self) -> tuple[int, tuple[int, ...]]:
+        """Embeddings: the hidden states, and what all blocks get beside them."""
+        index = self.heap.new(self.whole.timestep_index)
+        hidden, modulation = activations.embed(self.heap, self.whole)
+        return hidden, (modulation, index)
+
+    def arrive(self) -> tuple[int, tuple[int, ...]]:
+        """As `begin`, on a device where copies of both come from another."""
+        hidden, modulation = self.heap.new(self.whole.stream), self.heap.new(self.whole.modulation)
+        return hidden, (modulation, self.heap.new(self.whole.timestep_index))
+
+    def block(self, hidden: int, *, first: bool) -> int:
+        """The next hidden states; the given ones go."""
+        if self.layout.ulysses > 1 or self.layout.ring > 1:
+            exchange(self.heap, self.own, self.layout)
+        return activations.block(
+            self.heap, self.own, hidden, first=first, materialises_scores=self.materialises_scores
+        )
+
+    def blocks(self, hidden: int, number: int, *, first: bool) -> int:
+        for index in range(min(number, STEADY_BLOCKS)):
+            hidden = self.block(hidden, first=first and index == 0)
+        return hidden
+
+    def head(self, hidden: int) -> int:
+        return activations.head(self.heap, self.own, hidden)
+
+    def gather(self, num_blocks: int) -> list[int]:
+        """What FSDP puts together of its shards for a forward of so many blocks."""
+        if self.layout.shard == 1:
+            return []
+        arch = self.whole.arch
+        block_bytes = self.whole.compute * arch.num_block_parameters()
+        gathered = [self.heap.new(block_bytes) for _ in range(min(3, num_blocks + 1))]
+        return [self.heap.new(self.whole.compute * arch.num_outer_parameters()), *gathered]
+
+
+def _one_after_another(forward: Forward, block_owner: Sequence[int], position: int, forwards: int) -> None:
+    heap = forward.heap
+    is_home, is_last = position == block_owner[0], position == block_owner[-1]
+    num_blocks = sum(owner == position for owner in block_owner)
+    num_visits = sum(stage.position == position for stage in stages_of(block_owner, len(block_owner)))
+    for number in range(forwards):
+        gathered = forward.gather(num_blocks)
+        hidden, constants = forward.begin() if is_home else forward.arrive()
+        for index in range(min(num_blocks, STEADY_BLOCKS)):
+            if num_visits > 1 and index:  # it went to the next device and came back as a copy
+                heap.free(hidden)
+                hidden = heap.new(forward.whole.stream)
+            hidden = forward.block(hidden, first=is_home and index == 0)
+        if is_last:
+            hidden = forward.head(hidden)
+        if is_home:
+            flow = heap.new(forward.whole.latent(forward.whole.arch.out_channels))
+            heap.free(flow if number == forwards - 1 else 0)
+        heap.free(hidden, *constants, *gathered)
+
+
+def _pipelined(forward: Forward, stages: Sequence[Stage], position: int, num_microbatches: int) -> None:
+    """As `block_distribution.Pipeline` enqueues it: in host order, which is the order of allocations."""
+    heap, stages = forward.heap, steady_stages(stages)
+    hidden: dict[int, int] = {}
+    constants: dict[int, tuple[int, ...]] = {}
+    spare: dict[int, int] = {}  # kept for the micro-batch that will come back
+    leaving: deque[int] = deque()  # held until a stage later
+    for index, number in wavefront(len(stages), num_microbatches):
+        stage, later = stages[index], stages[index + 1 :]
+        if stage.position == position:
+            while len(leaving) > 1:
+                heap.free(leaving.popleft())
+            if index == 0:
+                hidden[number], constants[number] = forward.begin()
+            out = forward.blocks(hidden.pop(number), stage.stop - stage.start, first=index == 0)
+            if not later:
+                leaving.append(forward.head(out))
+            elif any(following.position == position for following in later):
+                spare[number] = out
+            else:
+                leaving.append(out)
+        elif later and later[0].position == position:
+            if number in constants:
+                hidden[number] = spare.pop(number)
+            else:
+                hidden[number], constants[number] = forward.arrive()
+    heap.free(*leaving, *(tensor for tensors in constants.values() for tensor in tensors))
+
+
+def steady_stages(stages: Sequence[Stage]) -> list[Stage]:
+    """The first rounds of stages over the devices and the last: those between allocate as those before them."""
+    per_round = len({stage.position for stage in stages})
+    if len(stages) <= (STEADY_ROUNDS + 1) * per_round:
+        return list(stages)
+    return [*stages[: STEADY_ROUNDS * per_round], *stages[-per_round:]]
+
+
+def exchange(heap: Heap, s: Sizes, layout: Layout) -> None:
+    """Self-attention under context parallel once more, with what travels: line by line as `ulysses.py`, `ring.py`."""
+    heads = heads_of_ranks(s.arch, layout.tp)[0]
+    own = s.hidden * heads // s.arch.num_heads  # q, k or v of this rank's tokens
+    met = own  # and of those that it attends to, with its heads of them
+    if layout.ulysses > 1:
+        tokens = s.tokens * layout.ulysses
+        met = s.batch * tokens * -(-heads // layout.ulysses) * s.arch.head_dim * s.compute
+    normed = heap.new(s.hidden)
+    kept, packed = [], []
+    for name in ("v", "k", "q"):
+        x = heap.new(own) if name == "v" else _turned(heap, s, own)
+        if layout.ulysses == 1:
+            kept.append(x)
+            continue
+        packed.append(heap.new(own))
+        kept.append(heap.new(met))
+        if name == "q":
+            kept.append(x)
+        else:
+            heap.free(x)
+    heap.free(*packed)
+    out = _around_ring(heap, met, layout, fp32=met * 4 // s.compute) if layout.ring > 1 else heap.new(met)
+    if layout.ulysses > 1:
+        returned, joined = heap.new(own), heap.new(own)
+        heap.free(returned, joined)
+    heap.free(normed, out, *kept)
+
+
+def _turned(heap: Heap, s: Sizes, num_bytes: int) -> int:
+    """q or k after its norm and RoPE, whose own tensors are those of all heads at most."""
+    x = activations.rope(heap, s, activations.project_and_norm(heap, s.hidden))
+    if num_bytes != s.hidden:
+        heap.free(x)
+        x = heap.new(num_bytes)
+    return x
+
+
+def _around_ring(heap: Heap, met: int, layout: Layout, *, fp32: int) -> int:
+    """The merged result; `met` bytes are those of q, and of each of k and v of one block."""
+    # Views of what Ulysses received do not travel as they are.
+    block = [heap.new(met), heap.new(met)] if layout.ulysses > 1 else []
+    merged = 0
+    for step in range(layout.ring):
+        arriving = [heap.new(met), heap.new(met)] if step < layout.ring - 1 else []
+        attended = heap.new(met)
+        if merged:
+            total = heap.new(fp32)
+            heap.free(merged, attended)
+            merged = total
+        else:
+            merged = attended
+        heap.free(*block)
+        block = arriving
+    out = heap.new(met)
+    heap.free(merged)
+    return out
