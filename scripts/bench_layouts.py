@@ -8,6 +8,11 @@ and its answers are what the others' are compared with.
 
     python scripts/bench_layouts.py --gpus 0,1 --out docs/results/layouts_2gpus.md
     python scripts/bench_layouts.py --gpus 0,1 --case wan2.1_t2v_1.3b:480p:3 --layout cfg_parallel --out /tmp/one.md
+    python scripts/bench_layouts.py --counts 2,4,8 --layout all --budget-s 540 --out docs/results/scaling.md
+
+--layout all takes every legal layout that fits, hybrids included, most GPUs first and the fastest by prediction; the
+predictions of all cells are written before anything runs (predictions.json in the folder). What --budget-s leaves no
+time for is listed and can be asked for again.
 
 A case is model:video:steps[:blocks that are compared[:more overrides]]. Beside each case stands what bf16 itself costs:
 the distance between mode none in bf16 and in fp32 over the first blocks (--fp32-blocks). The last line of the output is
@@ -37,6 +42,7 @@ from hydra import compose, initialize_config_dir
 from wanexp.config import RunConfig, conf_dir, register, to_dict, to_run_config
 from wanexp.errors import LayoutError
 from wanexp.hardware.devices import Device, find_devices, select_devices
+from wanexp.hardware.profiles import profile_for
 from wanexp.hardware.telemetry import TelemetrySampler
 from wanexp.job import Job
 from wanexp.launch import Heard, launch_config, quiet_agent, verdict
@@ -114,7 +120,11 @@ def main() -> int:
     )
     parser.add_argument("--gpus", help="such as 0,1; default: all (two logical devices on the CPU)")
     parser.add_argument("--case", action="append", help=f"default: {' '.join(CASES)}")
-    parser.add_argument("--layout", action="append", help=f"overrides of parallelism; default: {LAYOUTS}")
+    parser.add_argument(
+        "--layout", action="append", help=f"overrides of parallelism, or all; default: {LAYOUTS}"
+    )
+    parser.add_argument("--counts", help="numbers of GPUs, such as 2,4,8; default: all of --gpus at once")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="start no layout past this")
     parser.add_argument(
         "--override", action="append", default=[], help="for every run, such as attention=fa3"
     )
@@ -131,16 +141,27 @@ def main() -> int:
     devices = select_devices(find_devices(cases[0].config().hardware), gpus, "hybrid")
     multiprocessing.set_forkserver_preload(["wanexp.preload"])
 
-    print(f"{len(devices)} devices, records in {folder}", flush=True)
+    counts = [int(count) for count in options.counts.split(",")] if options.counts else [len(devices)]
+    cells = choose_cells(cases, options.layout or LAYOUTS, devices, counts)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "predictions.json").write_text(json.dumps(predictions(cases, cells), indent=1) + "\n")
+
+    print(f"{len(devices)} devices, {len(cells)} layouts, records in {folder}", flush=True)
+    began, longest = time.time(), 0.0
     runs = measure_none(cases, devices, folder, options.fp32_blocks)
-    for number, layout in enumerate(options.layout or LAYOUTS):
+    for number, (layout, chosen) in enumerate(cells):
         begin = time.time()
+        if begin - began + longest > options.budget_s:
+            left = [f"{words} on {len(some)}" for words, some in cells[number:]]
+            print(f"no time was left for {len(left)} layouts: {'; '.join(left)}")
+            break
         try:
-            runs += measure_layout(cases, f"parallelism={layout}".split(), devices, folder, number)
+            runs += measure_layout(cases, layout.split(), chosen, folder, number)
         except LayoutError as error:
             print(f"{layout}: {error}")
             continue
-        print(f"{layout}: {time.time() - begin:.0f} s", flush=True)
+        longest = max(longest, time.time() - begin)
+        print(f"{layout} on {len(chosen)}: {time.time() - begin:.0f} s", flush=True)
         write_table(runs, cases, options.out)
     write_table(runs, cases, options.out)
     print(options.out.read_text())
@@ -152,6 +173,46 @@ def parse_case(text: str, overrides: Sequence[str]) -> Case:
     model, video, steps, blocks, *more = (text + "::").split(":")
     extra = [word for word in ":".join(more).strip(":").split(" ") if word]
     return Case(model, video, int(steps), int(blocks) if blocks else None, (*extra, *overrides))
+
+
+def choose_cells(
+    cases: Sequence[Case], asked: Sequence[str], devices: Sequence[Device], counts: Sequence[int]
+) -> list[tuple[str, tuple[Device, ...]]]:
+    """(overrides, devices) of each layout, the most GPUs first. `all`: what the planner finds for the first case."""
+    cells = []
+    for count in sorted(counts, reverse=True):
+        chosen = tuple(devices[:count])
+        for words in asked:
+            if words == "all":
+                cells += [(found, chosen) for found in legal_layouts(cases[0], chosen)]
+            else:
+                cells.append((f"parallelism={words}", chosen))
+    return cells
+
+
+def legal_layouts(case: Case, devices: Sequence[Device]) -> list[str]:
+    """The overrides of every layout on all of `devices` that fits, the fastest by prediction first."""
+    from wanexp.planning.planner import plan_layouts
+
+    config = case.config()
+    profiles = [profile_for(config.hardware, device, conf_dir()) for device in devices]
+    planned = plan_layouts(config, devices, profiles)
+    fit = [c for c in planned.candidates if not c.rejection and len(c.devices) == len(devices) > 1]
+    return [" ".join(word for word in c.settings.split(" ") if not word.startswith("'gpus=")) for c in fit]
+
+
+def predictions(cases: Sequence[Case], cells: Sequence[tuple[str, Sequence[Device]]]) -> list[dict[str, Any]]:
+    """What the planner says of every cell, before it runs."""
+    from wanexp.planning.planner import judge
+
+    rows = []
+    for case in cases:
+        for words, devices in cells:
+            config = case.config(*words.split())
+            profiles = [profile_for(config.hardware, device, conf_dir()) for device in devices]
+            found = judge(config, config.parallelism, devices, profiles)
+            rows.append({"case": case.name, "gpus": len(devices), "asked": words, **found.summary()})
+    return rows
 
 
 def measure_none(
@@ -333,8 +394,6 @@ def finish_record(
 
 
 def profile_of(job: Job) -> Any:
-    from wanexp.hardware.profiles import profile_for
-
     return profile_for(job.config.hardware, job.plan.devices[0], conf_dir())
 
 

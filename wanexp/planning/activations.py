@@ -11,7 +11,7 @@ moments that can be the worst are
     self-attention:           hidden + normed + q + k + v + attended           6 U
 
 hidden: the caller's reference to the block's input. Kernel internals (split-K workspace, attention statistics) are not
-in here.
+in here. The fused path is in `fused_activations.py`.
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,8 @@ class Sizes:
     compute: int = 2
     residual: int = 2
     distinct_timesteps: int = 0  # 0: one timestep a sample; else they are given per token
+    ffn_chunks: int = 1  # runs of tokens that the FFN takes one after the other
+    is_fused: bool = False  # the GELU is in the FFN's first product
 
     @property
     def tokens(self) -> int:
@@ -238,13 +240,30 @@ def block(
 
     second = modulated_norm(heap, s)
     heap.free(normed)
-    inner, activated = heap.new(s.inner), heap.new(s.inner)
-    heap.free(inner)
-    update = heap.new(s.hidden)
-    heap.free(activated)
+    update = feed_forward(heap, s)
     out = gated_add(heap, s)
     heap.free(update, second, x, vectors, hidden)
     return out
+
+
+def feed_forward(heap: Heap, s: Sizes, consumed: int = 0) -> int:
+    """Runs of tokens one after the other, then joined. consumed: the input where it goes as soon as it was read."""
+    parts = []
+    for _ in range(s.ffn_chunks):
+        wide = heap.new(s.inner // s.ffn_chunks)
+        if not s.is_fused:
+            activated = heap.new(s.inner // s.ffn_chunks)
+            heap.free(wide)
+            wide = activated
+        elif s.ffn_chunks == 1:
+            heap.free(consumed)
+        parts.append(heap.new(s.hidden // s.ffn_chunks))
+        heap.free(wide)
+    if s.ffn_chunks == 1:
+        return parts[0]
+    joined = heap.new(s.hidden)
+    heap.free(*parts, consumed)
+    return joined
 
 
 def head(heap: Heap, s: Sizes, hidden: int) -> int:

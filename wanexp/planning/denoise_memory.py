@@ -5,7 +5,7 @@ Beside the blocks' own tensors, with U = [batch, own tokens, dim] in the compute
     ring, ulysses   tokens are divided for blocks and head; the first block's input, latent and RoPE tables are whole
                     ulysses: v and k are on their way (packed and received) while q is turned        + 2 U
                     ring:    two blocks of k and v, two results and their fp32 merging               + 6 U (7 U above 2)
-    tp              the FFN's columns are divided
+    tp              the FFN's columns are divided; where kernels are fused, q, k and v too
     shard           the weights outside of the blocks, and 3 P: the block in use, the buffer it was gathered in (FSDP2
                     frees it at the next block) and the gathering of the next one
     blocks          pipelined: a hidden state more for each micro-batch that has left or is to come back
@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from wanexp.config import RunConfig
 from wanexp.parallel.layout import Layout
 from wanexp.parallel.pipeline import Stage, stages_of, wavefront
-from wanexp.parallel.shares import heads_of_ranks
-from wanexp.planning import activations
+from wanexp.planning import activations, fused_activations
 from wanexp.planning.activations import Sizes
+from wanexp.planning.block_work import kernels_of
+from wanexp.planning.exchanges import plain_exchange
 from wanexp.planning.heap import Heap
 from wanexp.planning.plan import Plan, RankPlan
 from wanexp.planning.sizes import input_bytes, share_of, sizes_of
@@ -44,21 +45,24 @@ def denoise_heap(config: RunConfig, plan: Plan, rank: RankPlan, position: int) -
             heap.new(tables.rope)
             heap.new(tables.rope)
     forwards = forwards_per_step(config) // plan.layout.cfg
+    is_fused = kernels_of(config, plan.devices[rank.devices[position]]).is_fused
+    whole = sizes_of(config, 1) if plan.is_pipelined else samples
+    forward = Forward(heap, config, whole, plan.layout, is_fused=is_fused)
     if plan.is_pipelined:
-        one = Forward(heap, config, sizes_of(config, 1), plan.layout)
-        _pipelined(
-            one, stages_of(plan.block_owner, len(plan.block_owner)), position, forwards * rank.num_samples
-        )
+        stages = stages_of(plan.block_owner, len(plan.block_owner))
+        _pipelined(forward, stages, position, forwards * rank.num_samples)
     else:
-        _one_after_another(Forward(heap, config, samples, plan.layout), plan.block_owner, position, forwards)
+        _one_after_another(forward, plan.block_owner, position, forwards)
     return heap
 
 
 class Forward:
     """The parts of one forward on a heap. Tensors are numbers, as of `Heap`."""
 
-    def __init__(self, heap: Heap, config: RunConfig, whole: Sizes, layout: Layout) -> None:
-        self.heap, self.whole, self.layout = heap, whole, layout
+    def __init__(
+        self, heap: Heap, config: RunConfig, whole: Sizes, layout: Layout, *, is_fused: bool
+    ) -> None:
+        self.heap, self.whole, self.layout, self.is_fused = heap, whole, layout, is_fused
         self.own = share_of(whole, layout)
         self.materialises_scores = config.attention == "sdpa_math"
 
@@ -75,8 +79,17 @@ class Forward:
 
     def block(self, hidden: int, *, first: bool) -> int:
         """The next hidden states; the given ones go."""
+        if self.is_fused:
+            return fused_activations.block(
+                self.heap,
+                self.own,
+                hidden,
+                layout=self.layout,
+                first=first,
+                materialises_scores=self.materialises_scores,
+            )
         if self.layout.ulysses > 1 or self.layout.ring > 1:
-            exchange(self.heap, self.own, self.layout)
+            plain_exchange(self.heap, self.own, self.layout)
         return activations.block(
             self.heap, self.own, hidden, first=first, materialises_scores=self.materialises_scores
         )
@@ -87,7 +100,8 @@ class Forward:
         return hidden
 
     def head(self, hidden: int) -> int:
-        return activations.head(self.heap, self.own, hidden)
+        path = fused_activations if self.is_fused else activations
+        return path.head(self.heap, self.own, hidden)
 
     def gather(self, num_blocks: int) -> list[int]:
         """What FSDP puts together of its shards for a forward of so many blocks."""
@@ -155,62 +169,3 @@ def steady_stages(stages: Sequence[Stage]) -> list[Stage]:
     if len(stages) <= (STEADY_ROUNDS + 1) * per_round:
         return list(stages)
     return [*stages[: STEADY_ROUNDS * per_round], *stages[-per_round:]]
-
-
-def exchange(heap: Heap, s: Sizes, layout: Layout) -> None:
-    """Self-attention under context parallel once more, with what travels: line by line as `ulysses.py`, `ring.py`."""
-    heads = heads_of_ranks(s.arch, layout.tp)[0]
-    own = s.hidden * heads // s.arch.num_heads  # q, k or v of this rank's tokens
-    met = own  # and of those that it attends to, with its heads of them
-    if layout.ulysses > 1:
-        tokens = s.tokens * layout.ulysses
-        met = s.batch * tokens * -(-heads // layout.ulysses) * s.arch.head_dim * s.compute
-    normed = heap.new(s.hidden)
-    kept, packed = [], []
-    for name in ("v", "k", "q"):
-        x = heap.new(own) if name == "v" else _turned(heap, s, own)
-        if layout.ulysses == 1:
-            kept.append(x)
-            continue
-        packed.append(heap.new(own))
-        kept.append(heap.new(met))
-        if name == "q":
-            kept.append(x)
-        else:
-            heap.free(x)
-    heap.free(*packed)
-    out = _around_ring(heap, met, layout, fp32=met * 4 // s.compute) if layout.ring > 1 else heap.new(met)
-    if layout.ulysses > 1:
-        returned, joined = heap.new(own), heap.new(own)
-        heap.free(returned, joined)
-    heap.free(normed, out, *kept)
-
-
-def _turned(heap: Heap, s: Sizes, num_bytes: int) -> int:
-    """q or k after its norm and RoPE, whose own tensors are those of all heads at most."""
-    x = activations.rope(heap, s, activations.project_and_norm(heap, s.hidden))
-    if num_bytes != s.hidden:
-        heap.free(x)
-        x = heap.new(num_bytes)
-    return x
-
-
-def _around_ring(heap: Heap, met: int, layout: Layout, *, fp32: int) -> int:
-    """The merged result; `met` bytes are those of q, and of each of k and v of one block."""
-    # Views of what Ulysses received do not travel as they are.
-    block = [heap.new(met), heap.new(met)] if layout.ulysses > 1 else []
-    merged = 0
-    for step in range(layout.ring):
-        arriving = [heap.new(met), heap.new(met)] if step < layout.ring - 1 else []
-        attended = heap.new(met)
-        if merged:
-            total = heap.new(fp32)
-            heap.free(merged, attended)
-            merged = total
-        else:
-            merged = attended
-        heap.free(*block)
-        block = arriving
-    out = heap.new(met)
-    heap.free(merged)
-    return out

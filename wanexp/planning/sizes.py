@@ -22,6 +22,7 @@ def sizes_of(config: RunConfig, batch: int) -> Sizes:
         compute=compute,
         residual=4 if wide else compute,
         distinct_timesteps=2 if config.model.per_token_timestep else 0,
+        ffn_chunks=config.ffn_chunks,
     )
 
 

@@ -1,0 +1,104 @@
+"""Self-attention under context parallelism, tensor by tensor: `parallel/ulysses.py` and `parallel/ring.py`.
+
+`met` is what the attention meets: q, k or v of all tokens of a Ulysses group, with this rank's heads of them.
+"""
+
+from wanexp.parallel.layout import Layout
+from wanexp.parallel.shares import heads_of_ranks
+from wanexp.planning import activations
+from wanexp.planning.activations import Sizes
+from wanexp.planning.heap import Heap
+
+
+def own_bytes(s: Sizes, layout: Layout) -> int:
+    """q, k or v of this rank's tokens, with the heads that tensor parallelism leaves it."""
+    return s.hidden * heads_of_ranks(s.arch, layout.tp)[0] // s.arch.num_heads
+
+
+def met_bytes(s: Sizes, layout: Layout) -> int:
+    """The same of the tokens that it attends to. s: this rank's share."""
+    if layout.ulysses == 1:
+        return own_bytes(s, layout)
+    heads = -(-heads_of_ranks(s.arch, layout.tp)[0] // layout.ulysses)
+    return s.batch * s.tokens * layout.ulysses * heads * s.arch.head_dim * s.compute
+
+
+def plain_exchange(heap: Heap, s: Sizes, layout: Layout) -> None:
+    """Self-attention of the plain path once more, with what travels."""
+    own, met = own_bytes(s, layout), met_bytes(s, layout)
+    normed = heap.new(s.hidden)
+    kept, packed = [], []
+    for name in ("v", "k", "q"):
+        x = heap.new(own) if name == "v" else _turned(heap, s, own)
+        if layout.ulysses == 1:
+            kept.append(x)
+            continue
+        packed.append(heap.new(own))
+        kept.append(heap.new(met))
+        if name == "q":
+            kept.append(x)
+        else:
+            heap.free(x)
+    heap.free(*packed)
+    out = around_ring(heap, met, layout, fp32=met * 4 // s.compute) if layout.ring > 1 else heap.new(met)
+    if layout.ulysses > 1:
+        returned, joined = heap.new(own), heap.new(own)
+        heap.free(returned, joined)
+    heap.free(normed, out, *kept)
+
+
+def fused_exchange(heap: Heap, s: Sizes, normed: int, layout: Layout) -> int:
+    """From the normed tensor, which goes once q is there, to what was attended. Without exchanges: q, k, v and that."""
+    own, met = own_bytes(s, layout), met_bytes(s, layout)
+    kept, packed = [], []
+    for name in ("v", "k", "q"):
+        x = heap.new(own)  # normed and turned where it lies
+        if name == "q":
+            heap.free(normed)
+        if layout.ulysses == 1:
+            kept.append(x)
+            continue
+        packed.append(heap.new(own))
+        kept.append(heap.new(met))
+        if name == "q":
+            kept.append(x)
+        else:
+            heap.free(x)
+    heap.free(*packed)
+    out = around_ring(heap, met, layout, fp32=met * 4 // s.compute) if layout.ring > 1 else heap.new(met)
+    if layout.ulysses > 1:
+        returned, joined = heap.new(own), heap.new(own)
+        heap.free(returned, out)
+        out = joined
+    heap.free(*kept)
+    return out
+
+
+def around_ring(heap: Heap, met: int, layout: Layout, *, fp32: int) -> int:
+    """The merged result; `met` bytes are those of q, and of each of k and v of one block."""
+    # Views of what Ulysses received do not travel as they are.
+    block = [heap.new(met), heap.new(met)] if layout.ulysses > 1 else []
+    merged = 0
+    for step in range(layout.ring):
+        arriving = [heap.new(met), heap.new(met)] if step < layout.ring - 1 else []
+        attended = heap.new(met)
+        if merged:
+            total = heap.new(fp32)
+            heap.free(merged, attended)
+            merged = total
+        else:
+            merged = attended
+        heap.free(*block)
+        block = arriving
+    out = heap.new(met)
+    heap.free(merged)
+    return out
+
+
+def _turned(heap: Heap, s: Sizes, num_bytes: int) -> int:
+    """q or k of the plain path after its norm and RoPE, whose own tensors are those of all heads at most."""
+    x = activations.rope(heap, s, activations.project_and_norm(heap, s.hidden))
+    if num_bytes != s.hidden:
+        heap.free(x)
+        x = heap.new(num_bytes)
+    return x

@@ -1,0 +1,93 @@
+"""As `activations.py`, where what lies between the matrix products is fused (`wan/fused.py`, inference on GPUs).
+
+Written line by line beside `WanBlock._forward_fused`, where updates lie in the residual stream's memory or in that of
+what they were computed from, and normed tensors go as soon as they were read. With S = the residual stream, U = [batch,
+tokens, dim] in the compute dtype and F = the FFN's wide tensor, the moments that can be the worst are
+
+    self-attention            q, k, v, and normed or attended     S + 4 U    (Ulysses 7 U, a ring of two 9 U, of own tokens)
+    cross-attention           of text S + 2 U; with image tokens  S + 4 U
+    FFN                       normed or update, and wide          S + U + F
+    FFN in c runs             its parts joined, or the last       S + 3 U or S + 2 U + F / c
+    head                                                          S + U
+
+Under context parallelism S is that of all tokens: the first block writes into a view of what the embedding made. A
+sample more and it writes into a tensor of its own, from the first addition on. Under tp q, k, v and F are divided.
+"""
+
+from wanexp.parallel.layout import Layout
+from wanexp.planning.activations import Sizes, feed_forward
+from wanexp.planning.exchanges import fused_exchange, own_bytes
+from wanexp.planning.heap import Heap
+
+WHOLE = Layout()
+
+
+def block(
+    heap: Heap,
+    s: Sizes,
+    hidden: int,
+    *,
+    layout: Layout = WHOLE,
+    first: bool = False,
+    materialises_scores: bool = False,
+) -> int:
+    """One block of a rank whose share is `s`: the next hidden states, in the memory of `hidden` where they can be.
+
+    first: right after the embedding, whose hidden states are those of all tokens, in the compute dtype.
+    """
+    vectors = heap.new(s.modulation)
+    x = hidden
+    if first and s.residual != s.compute:
+        x = heap.new(s.stream)  # hidden_states.to(residual)
+    # Some tokens of several samples do not lie together: copied, for this norm and for good at the first addition.
+    is_strided = x == hidden and first and s.batch > 1 and layout.ring * layout.ulysses > 1
+    dense = heap.new(s.stream if is_strided else 0)
+    normed = heap.new(s.hidden)
+    heap.free(dense)
+    update = self_attention(heap, s, normed, layout, materialises_scores)
+    x = heap.new(s.stream) if is_strided else x
+    update = feed_forward(heap, s, cross_attention(heap, s, update, layout))
+    heap.free(update, vectors, hidden if x != hidden else 0)
+    return x
+
+
+def self_attention(heap: Heap, s: Sizes, normed: int, layout: Layout, materialises_scores: bool) -> int:
+    if materialises_scores:  # as in `activations.py`
+        scores = [heap.new(4 * s.batch * s.arch.num_heads * s.tokens**2) for _ in range(2)]
+        heap.free(*scores)
+    attended = fused_exchange(heap, s, normed, layout)
+    out = heap.new(s.hidden)
+    heap.free(attended)
+    return out
+
+
+def cross_attention(heap: Heap, s: Sizes, normed: int, layout: Layout) -> int:
+    own = own_bytes(s, layout)
+    per_token = own // s.tokens
+    q = heap.new(own)
+    heap.free(normed)
+    k, v = heap.new(per_token * s.arch.text_len), heap.new(per_token * s.arch.text_len)
+    attended = heap.new(own)
+    heap.free(v)
+    if s.arch.clip_tokens:
+        image_k = heap.new(per_token * s.arch.clip_tokens)
+        heap.free(k)
+        k, v = image_k, heap.new(per_token * s.arch.clip_tokens)
+        image = heap.new(own)
+        heap.free(v)
+        both = heap.new(own)
+        heap.free(image, attended)
+        attended = both
+    heap.free(q, k)
+    out = heap.new(s.hidden)
+    heap.free(attended)
+    return out
+
+
+def head(heap: Heap, s: Sizes, hidden: int) -> int:
+    """The last norm and projection; the patches in fp32."""
+    normed = heap.new(s.hidden)
+    patches = heap.new(s.latent(s.arch.out_channels, s.compute))
+    out = heap.new(s.latent(s.arch.out_channels) if s.compute < 4 else 0)
+    heap.free(normed, patches if out else 0, hidden)
+    return out or patches
