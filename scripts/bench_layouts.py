@@ -198,7 +198,10 @@ def legal_layouts(case: Case, devices: Sequence[Device]) -> list[str]:
     profiles = [profile_for(config.hardware, device, conf_dir()) for device in devices]
     planned = plan_layouts(config, devices, profiles)
     fit = [c for c in planned.candidates if not c.rejection and len(c.devices) == len(devices) > 1]
-    return [" ".join(word for word in c.settings.split(" ") if not word.startswith("'gpus=")) for c in fit]
+    return [
+        " ".join(word.strip("'") for word in c.settings.split(" ") if not word.startswith("'gpus="))
+        for c in fit
+    ]
 
 
 def predictions(cases: Sequence[Case], cells: Sequence[tuple[str, Sequence[Device]]]) -> list[dict[str, Any]]:
@@ -219,7 +222,7 @@ def measure_none(
     cases: Sequence[Case], devices: Sequence[Device], folder: Path, fp32_blocks: int
 ) -> list[tuple[Case, Record]]:
     """Mode none on each device at the same time; each also computes the reference for the sample of its number."""
-    from wanexp.planning.plan import RankPlan, make_plan
+    from wanexp.planning.plan import RankPlan, is_lossy_run, make_plan
 
     tasks: list[list[Task]] = [[] for _ in devices]
     runs = []
@@ -241,7 +244,9 @@ def measure_none(
                     else []
                 ),
             ):
-                asked = config if dtype is None else case.config("parallelism=none", f"precision={dtype}")
+                # A lossy run is compared with what it stands for; fp32 takes a kernel that can.
+                exact = ("parallelism=none", f"precision={dtype or 'bf16'}", "attention=auto")
+                asked = case.config(*exact) if dtype or is_lossy_run(config) else config
                 place = answer_folder(folder, case, kind, number)
                 task_job = Job(
                     asked, sample, place / "ranks", place, num_threads=1, reference_of=(1,), num_blocks=blocks
@@ -262,15 +267,23 @@ def measure_layout(
 
     tasks: list[list[Task]] = []
     jobs: list[tuple[Case, Job]] = []
+    refusal: LayoutError | None = None
     for case in cases:
         config = case.config(*overrides, f"gpus=[{','.join(str(device.index) for device in devices)}]")
-        plan = make_plan(config, devices)
+        try:
+            plan = make_plan(config, devices)
+        except LayoutError as error:
+            refusal = error
+            print(f"{case.name}: {error}")
+            continue
         place = folder / f"{case.name} {config.parallelism.mode} {number}".replace(" ", "_")
         job = Job(config, plan, place / "ranks", place, num_threads=1)
         jobs.append((case, job))
         tasks = tasks or [[] for _ in plan.ranks]
         for rank in range(len(plan.ranks)):
             tasks[rank].append(Task(job, rank, blocks=case.blocks))
+    if refusal and not jobs:
+        raise refusal
     heard, telemetry, begin = launch_tasks(tasks, devices)
     return [
         (case, finish_record(case, job, heard[job.folder], telemetry, begin, overrides, None))

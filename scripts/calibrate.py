@@ -43,8 +43,9 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class Measured:
-    """Rates of one device; None where there is nothing to measure."""
+    """Rates of one device, None where there is nothing to measure, and the kernel that its attention is by."""
 
+    attention_kernel: str
     gemm_tflops: float
     attention_tflops: float
     elementwise_gb_s: float
@@ -71,14 +72,16 @@ def main() -> None:
     devices = [torch.device("cuda", device.index) for device in found] if on_gpu else [torch.device("cpu")]
     measured = [measure_device(device) for device in devices]
     for index, rates in enumerate(measured):
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in asdict(rates).items() if value is not None)
+        shown = ", ".join(
+            f"{name} {value:.4g}" for name, value in numbers(rates).items() if value is not None
+        )
         print(f"{found[index].label} {found[index].name}: {shown}")
     link = measure_link(devices) if len(devices) > 1 else (None, None)
     known = profile_for(hardware, found[0], conf_dir()) or DeviceProfile()
     middle = {
         name: statistics.median(values) if (values := [v for v in column if v is not None]) else None
         for name, column in (
-            (name, [getattr(rates, name) for rates in measured]) for name in asdict(measured[0])
+            (name, [getattr(rates, name) for rates in measured]) for name in numbers(measured[0])
         )
     }
     bandwidth = known.memory_bandwidth_gb_s or middle.pop("memory_bandwidth_gb_s")
@@ -87,6 +90,7 @@ def main() -> None:
         known,
         **middle | {"host_link_gb_s": known.host_link_gb_s or middle["host_link_gb_s"]},
         name=found[0].name,
+        attention_kernel=measured[0].attention_kernel,
         memory_gib=round(found[0].total_bytes / GIB, 2),
         memory_bandwidth_gb_s=bandwidth,
         p2p_gb_s=link[0],
@@ -95,6 +99,11 @@ def main() -> None:
     path = write_profile(arguments.out, arguments.name, profile, len(found), on_gpu)
     print(f"{path} written after {time.perf_counter() - begin:.0f} s; use it with")
     print(f"  python -m wanexp --config-dir {arguments.out} hardware={arguments.name}")
+
+
+def numbers(rates: Measured) -> dict[str, float | None]:
+    """The rates, without the name of the kernel."""
+    return {name: value for name, value in asdict(rates).items() if not isinstance(value, str)}
 
 
 def measure_device(device: torch.device) -> Measured:
@@ -135,6 +144,7 @@ def measure_device(device: torch.device) -> Measured:
         host_link = host.nbytes / seconds(device, lambda: target.copy_(host, non_blocking=True)) / 1e9
         context = context_gib(device)
     return Measured(
+        attention_kernel=kernel,
         gemm_tflops=gemm_flops / gemm_s / 1e12,
         attention_tflops=4 * tokens**2 * arch.dim / attention_s / 1e12,
         elementwise_gb_s=block_elementwise_bytes(sizes) / elementwise_s / 1e9,

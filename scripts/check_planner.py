@@ -3,6 +3,8 @@
 
     python scripts/check_planner.py run            # on one or two GPUs: runs the cells, some under enforced caps
     python scripts/check_planner.py table multirun docs/results/planner.md     # from the records, anywhere
+    python scripts/check_planner.py layouts docs/results/layouts_2gpus.json docs/results/layouts_2gpus_b.json \\
+        docs/results/planner.md                    # the section on fused kernels, from what bench_layouts.py measured
 
 The cells of `run` measure peak and step time at several sizes. Its caps (hardware.enforce_memory) stand just below and
 just above the predicted need of a device: below, the plan says that the run cannot fit, and forced to start it must
@@ -10,6 +12,8 @@ run out of memory; above it must finish.
 """
 
 import argparse
+import json
+import re
 import subprocess
 import sys
 import time
@@ -19,12 +23,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works without an installation, too
 
-from wanexp.config import conf_dir, run_config_from_dict
+from hydra import compose, initialize_config_dir
+
+from wanexp.config import conf_dir, register, run_config_from_dict, to_run_config
 from wanexp.errors import UserError
 from wanexp.hardware.devices import device_from_dict
 from wanexp.hardware.profiles import profile_for
 from wanexp.planning.memory import predict_memory
 from wanexp.planning.plan import make_plan
+from wanexp.planning.task import devices_to_plan
 from wanexp.planning.time import predict_time
 from wanexp.record import Record, read_record
 
@@ -33,9 +40,9 @@ CAPS = (
     (
         2,
         ["model=wan2.1_t2v_14b", "parallelism=block_distribution", "gpus=[0,1]"],
-        (16.1, 16.5, 16.8, 17.2, 17.5, 18.0),
+        (15.8, 16.0, 16.2, 16.5, 16.7, 17.0),
     ),
-    (1, ["model=wan2.1_t2v_1.3b", "parallelism=none", "gpus=[0]"], (4.5, 4.65, 4.75, 4.95, 5.1, 5.3)),
+    (1, ["model=wan2.1_t2v_1.3b", "parallelism=none", "gpus=[0]"], (4.0, 4.1, 4.2, 4.4, 4.5, 4.7)),
 )
 CELLS = (
     (1, ["model=wan2.1_t2v_14b", "video=720p", "parallelism=none", "gpus=[0]", "workload.num_steps=1"]),
@@ -68,14 +75,95 @@ def main() -> int:
     table.add_argument(
         "records", type=Path, nargs="+", help="folders that hold records, and last the Markdown file"
     )
+    layouts = commands.add_parser("layouts")
+    layouts.add_argument(
+        "results",
+        type=Path,
+        nargs="+",
+        help="JSON files of bench_layouts.py on H200, and last the Markdown file",
+    )
     options = parser.parse_args()
+    register()
     if options.command == "run":
         run_all(options.gpus)
         return 0
-    *folders, out = options.records
-    out.write_text(markdown(list(find_records(folders))))
+    if options.command == "layouts":
+        *results, out = options.results
+        before = out.read_text().partition(FUSED_HEADING)[0].rstrip() if out.exists() else ""
+        out.write_text(f"{before}\n\n{FUSED_HEADING}{layouts_markdown(results)}".lstrip())
+    else:
+        *folders, out = options.records
+        kept = out.read_text().partition(FUSED_HEADING)[1:] if out.exists() else ()
+        out.write_text(f"{markdown(list(find_records(folders)))}\n{''.join(kept)}".rstrip() + "\n")
     print(out.read_text())
     return 0
+
+
+FUSED_HEADING = "## Fused kernels\n"
+
+
+def layouts_markdown(results: list[Path]) -> str:
+    """What this planner says to the overrides of each run, with the H200's profile, beside what the run measured."""
+    rows: list[str] = []
+    peak_errors: list[float] = []
+    step_errors: dict[bool, list[float]] = {True: [], False: []}  # by "without a warm-up step"
+    for path in results:
+        for run in json.loads(path.read_text())["runs"]:
+            if run["outcome"] == "finished":
+                row, peak_error, step_error = layout_row(path.stem, run["overrides"], run["metrics"])
+                rows.append(row)
+                peak_errors.append(peak_error)
+                step_errors["workload.num_warmup_steps=0" in run["overrides"]].append(step_error)
+    lines = [
+        "",
+        "Fused kernels and fa3 on two H200, as `scripts/bench_layouts.py` measured them in "
+        f"{' and '.join(f'[{path.name}]({path.name})' for path in results)}. Predicted by the planner as it is, from "
+        "the overrides and the profile: `scripts/check_planner.py layouts` makes this table. Peaks: GiB of GPU 0 / 1.",
+        "",
+        f"Worst errors: peak {worst(peak_errors)}; time {worst(step_errors[False])}, without a warm-up step "
+        f"(720p in the first file) {worst(step_errors[True])}: memory still grew in the time of some.",
+        "",
+        "| run of | model, video, mode | predicted peak | measured | worst error | predicted ms | measured | error |",
+        "|" + " --- |" * 8,
+        *rows,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def worst(errors: list[float]) -> str:
+    return f"{max(errors, key=abs):+.1f} %" if errors else "none"
+
+
+def layout_row(source: str, overrides: list[str], metrics: dict[str, float]) -> tuple[str, float, float]:
+    """A row of the table, and its errors in percent: of the peak that is further off, and of the step."""
+    num_gpus = round(metrics["setup/num_gpus"])
+    asked = [override for override in overrides if not override.startswith(("gpus=", "hardware="))]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        machine = ["hardware=2x_h200", f"hardware.num_devices={num_gpus}"]
+        config = to_run_config(compose("config", overrides=[*asked, *machine]))
+    devices = devices_to_plan(config)
+    plan = make_plan(config, devices)
+    profiles = [profile_for(config.hardware, device, conf_dir()) for device in devices]
+    peaks = [memory.allocated / 1024**3 for memory in predict_memory(config, plan)]
+    found = [
+        metrics[name] for name in sorted(metrics) if re.fullmatch(r"memory/gpu\d+/peak_allocated_gib", name)
+    ]
+    step_ms, found_ms = predict_time(config, plan, profiles).step_s * 1000, metrics["latency/step_ms"]
+    peak_error = max((100 * (a / b - 1) for a, b in zip(peaks, found, strict=True)), key=abs)
+    step_error = 100 * (step_ms / found_ms - 1)
+    hidden = ("workload.num_warmup_steps=", "workload.num_steps=")
+    cells = [
+        source,
+        ", ".join(override.partition("=")[2] for override in asked if not override.startswith(hidden)),
+        " / ".join(f"{peak:.2f}" for peak in peaks),
+        " / ".join(f"{peak:.2f}" for peak in found),
+        f"{peak_error:+.1f} %",
+        f"{step_ms:,.0f}",
+        f"{found_ms:,.0f}",
+        f"{step_error:+.1f} %",
+    ]
+    return "| " + " | ".join(cells) + " |", peak_error, step_error
 
 
 def run_all(num_gpus: int) -> None:

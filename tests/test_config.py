@@ -293,3 +293,14 @@ def test_an_installed_package_has_its_own_conf(monkeypatch, tmp_path):
     (tmp_path / "site-packages" / "conf").mkdir()  # of some other package
     monkeypatch.setattr("wanexp.config.__file__", str(package / "config.py"))
     assert conf_dir() == package / "conf"
+
+
+def test_names_that_stand_twice_are_the_same():
+    """The config knows them without torch; the modules that run them have their own."""
+    from wanexp.config import ATTENTIONS, KERNELS
+    from wanexp.planning.plan import LOSSY_ATTENTIONS
+    from wanexp.wan import attention, fused
+
+    assert {"auto", *attention.KERNELS} == set(ATTENTIONS)
+    assert set(fused.KERNELS) == set(KERNELS)
+    assert {name for name in attention.KERNELS if attention.is_lossy(name)} == set(LOSSY_ATTENTIONS)

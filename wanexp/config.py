@@ -80,6 +80,7 @@ class DeviceProfile:
     # Achieved, as scripts/calibrate.py measures them; None: a stated share of the peaks above (planning/time.py)
     gemm_tflops: float | None = None  # 16-bit matrix products at Wan shapes
     attention_tflops: float | None = None  # 16-bit self-attention, the kernel that attention=auto takes
+    attention_kernel: str = "sdpa_cudnn"  # the kernel that this was measured with
     elementwise_gb_s: float | None = None  # norms, RoPE and gates, bytes as planning/time.py counts them
     p2p_gb_s: float | None = None  # one copy between two devices
     p2p_latency_us: float | None = None  # of a small one
@@ -327,6 +328,8 @@ def _check(config: RunConfig) -> None:
         ("video.height", video.height, 1),
         ("video.fps", video.fps, 1),
         ("seed", config.seed, 0),
+        ("ffn_chunks", config.ffn_chunks, 1),
+        ("offload.buffers", config.offload.buffers, 1),
         ("repeats", config.repeats, 1),
     ]
     for key, number, least in at_least:

@@ -20,7 +20,7 @@ from wanexp.config import RunConfig
 from wanexp.hardware.devices import Device
 from wanexp.planning.candidates import Candidate, Planned
 from wanexp.planning.layouts import BUYS
-from wanexp.planning.plan import Plan
+from wanexp.planning.plan import Plan, is_lossy_run
 from wanexp.progress import ProgressReporter, show_progress
 from wanexp.record import Record
 from wanexp.workloads.sizes import forwards_per_step, guidance_of, num_tokens
@@ -266,9 +266,16 @@ def _card_rows(config: RunConfig, plan: Plan, weights: str) -> dict[str, str]:
         "Workload": f"{workload.name}, {timed} after {warmup}",
         "Batch": f"{_plural(plan.batch_size, 'sample')}, {how}",
         "Mode": f"{plan.mode}: {plan.layout}, {_plural(len(plan.ranks), 'process', 'es')}",
-        "Precision": f"{config.precision.dtype}{residual}; attention {config.attention}",
+        "Precision": f"{config.precision.dtype}{residual}{_lossy_text(config)}; attention {config.attention}",
         "Devices": _devices_text(config, plan),
     }
+
+
+def _lossy_text(config: RunConfig) -> str:
+    if not is_lossy_run(config):
+        return ""
+    linear = config.precision.linear
+    return ", lossy" if linear == "dtype" else f", {linear} linear layers: lossy"
 
 
 def _devices_text(config: RunConfig, plan: Plan) -> str:

@@ -61,6 +61,7 @@ class Launched:
     outcome: str  # finished, oom, timeout, failed, interrupted
     message: str = ""
     error: dict[str, Any] | None = None
+    user_error: str = ""  # what the user asked for and a rank found that it cannot be had
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
     steps: dict[int, list[float]] = field(
         default_factory=dict
@@ -127,6 +128,7 @@ def verdict(
         launched.outcome = first_error["outcome"]
         launched.message = f"rank {first_error['rank']}: {first_error['type']}: {first_error['message']}"
         launched.error = {key: first_error[key] for key in ("rank", "type", "message", "traceback")}
+        launched.user_error = first_error["message"] if first_error.get("is_user_error") else ""
     elif exit_codes or len(heard.reports) < job.plan.layout.num_ranks:
         rank, code = min(exit_codes.items(), default=(0, 0))
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -73,6 +73,7 @@ class RankLoader:
     def load(self) -> Loaded:
         """Every expert, each weight on the device that owns it."""
         config = self.config
+        self.events.progress("load weights", 0, 1)
         sources = open_weights(
             config.checkpoint,
             config.model.architecture,
@@ -89,13 +90,14 @@ class RankLoader:
             training=self.training,
         )
         anonymous_before, begin = anonymous_rss_bytes(), time.perf_counter()
+        loader = self.shared_loader()
         models, swaps, reports = [], [], []
         for source in sources:
             model = self.empty_model()
             traffic = divide_weights(model, self.plan, self.groups, training=self.training)
             quantize_linears(model, config.precision.linear)
             swap = self.swap_blocks(model)
-            reports.append(self.fill(model, source, swap))
+            reports.append(self.fill(model, source, swap, loader))
             swaps += [swap] if swap else []
             model.set_attention(attention.kernel, cross_attention.kernel)
             model.set_kernels(kernels)
@@ -200,31 +202,32 @@ class RankLoader:
             buffers=self.config.offload.buffers,
         )
 
-    def fill(self, model: WanTransformer, source: WeightSource, swap: BlockSwap | None) -> LoadReport:
-        """Load the weights that this rank holds, together with the other ranks where there are any."""
-        layout, architecture, load_device = (
-            self.plan.layout,
-            model.architecture,
-            self.config.offload.load_device,
+    def shared_loader(self) -> Loader | None:
+        """What loads together with the other ranks, where there are any; one for all experts, as it opens groups."""
+        layout, architecture = self.plan.layout, self.empty_model().architecture
+        if layout.num_ranks == 1:
+            return None
+        return Loader(
+            architecture,
+            part_of=partial(part_of_rank, layout, architecture),
+            nodes=self.job.nodes or [range(layout.num_ranks)],
+            rank=self.rank,
+            home=self.devices[0],
+            known_groups=self.groups.all().values(),
         )
+
+    def fill(
+        self, model: WanTransformer, source: WeightSource, swap: BlockSwap | None, loader: Loader | None
+    ) -> LoadReport:
+        """Load the weights that this rank holds."""
+        load_device = self.config.offload.load_device
         settings: dict[str, Any] = {
             "device_of": lambda name: loading_device(load_device, self.owner(name)),
             "requires_grad": self.training,
             "on_tensor": self.progress(model),
             "into": swap.into if swap else None,
         }
-        if layout.num_ranks == 1:
-            report = load_weights(model, source, **settings)
-        else:
-            loader = Loader(
-                architecture,
-                part_of=partial(part_of_rank, layout, architecture),
-                nodes=self.job.nodes or [range(layout.num_ranks)],
-                rank=self.rank,
-                home=self.devices[0],
-                known_groups=self.groups.all().values(),
-            )
-            report = loader.load(model, source, **settings)
+        report = loader.load(model, source, **settings) if loader else load_weights(model, source, **settings)
         if load_device == "offload_device":
             move_to_owners(
                 model, self.owner, stays=lambda name: swap is not None and swap.into(name) is not None

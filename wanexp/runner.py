@@ -183,6 +183,8 @@ def execute(config: RunConfig, prepared: Prepared, record: Record, folder: Path,
         launched = _launch(job, progress, phases)
         record.telemetry = telemetry.series(begin)
         take_results(record, config, prepared, launched)
+        if launched.user_error:
+            raise UserError(launched.user_error)
         record.samples["phase_s"] = {phase: round(time - begin, 3) for phase, time in phases.items()}
         record.metrics |= prepared.preflight.predicted_metrics()
         record.metrics |= prepared.preflight.error_metrics(record.metrics)

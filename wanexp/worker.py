@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from wanexp.errors import UserError
 from wanexp.events import EventLog, log_path
 from wanexp.hardware.devices import Device
 from wanexp.job import Job
@@ -113,6 +114,7 @@ def describe_error(error: BaseException) -> dict[str, Any]:
     )
     return {
         "outcome": "oom" if is_oom else "failed",
+        "is_user_error": isinstance(error, UserError),
         "type": type(error).__name__,
         "message": str(error).strip().split("\n")[0],
         "traceback": "".join(traceback.format_exception(error)),

@@ -13,6 +13,7 @@ def load(seconds: float, growth: int) -> dict:
         "num_bytes": GIB,
         "bytes_read": GIB // 2,
         "bytes_received": GIB // 2,
+        "swapped_bytes": 0,
         "anonymous_growth_bytes": growth,
     }
 
@@ -28,6 +29,7 @@ def report(step_s: list[float], label: str, **changes) -> dict:
         "weight_gib": [1.0],
         "peak_rss_gib": 0.5,
         "bytes_per_forward": {},
+        "swap": {"bytes_per_forward": 0.0, "stall_s": 0.0},
         "links": [],
         "losses": [],
     } | changes

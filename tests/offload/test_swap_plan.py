@@ -9,53 +9,11 @@ from hypothesis import strategies as st
 from wanexp.errors import LayoutError
 from wanexp.offload.swap_plan import (
     choose_victim,
-    least_swapped,
     next_uses,
-    swap_peak_bytes,
     swapped_blocks,
     swapped_forward_s,
     swapped_per_device,
 )
-
-A14B = {"num_blocks": 40, "block_bytes": 670, "outer_bytes": 440, "activation_bytes": 1800}
-
-
-def test_all_stay_where_they_fit():
-    assert least_swapped(40 * 670 + 440 + 1800, **A14B) == 0
-
-
-def test_one_byte_less_swaps_three():
-    """Two swapped blocks in two buffers would save nothing."""
-    assert least_swapped(40 * 670 + 440 + 1800 - 1, **A14B) == 3
-    assert least_swapped(40 * 670 + 440 + 1800 - 1, **A14B, buffers=1) == 2
-
-
-def test_goal_of_36_blocks():
-    """4 resident blocks, 2 buffers, the other weights, activations."""
-    assert swap_peak_bytes(36, **A14B) == 6 * 670 + 440 + 1800
-    assert least_swapped(6 * 670 + 440 + 1800, **A14B) == 36
-
-
-def test_too_little_even_for_two_buffers():
-    with pytest.raises(LayoutError, match="with 40 of 40 blocks swapped"):
-        least_swapped(2 * 670 + 440 + 1800 - 1, **A14B)
-
-
-@given(st.integers(1, 50), st.integers(1, 4), st.integers(0, 60))
-def test_least_is_the_least(num_blocks, buffers, free):
-    sizes = {
-        "num_blocks": num_blocks,
-        "block_bytes": 1,
-        "outer_bytes": 3,
-        "activation_bytes": 2,
-        "buffers": buffers,
-    }
-    fitting = [n for n in range(num_blocks + 1) if swap_peak_bytes(n, **sizes) <= free]
-    if fitting:
-        assert least_swapped(free, **sizes) == fitting[0]
-    else:
-        with pytest.raises(LayoutError):
-            least_swapped(free, **sizes)
 
 
 @given(st.integers(1, 60), st.data())

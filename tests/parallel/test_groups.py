@@ -10,6 +10,7 @@ from wanexp.parallel.groups import check_copies, check_links, open_layout_groups
 from wanexp.parallel.layout import Layout
 
 CPU = torch.device("cpu")
+AXES = ("cfg", "ring", "ulysses", "tp")
 LAYOUTS = [
     Layout(dp=4),
     Layout(cfg=2, ulysses=2),
@@ -31,7 +32,7 @@ def open_and_check(rank: int) -> list[dict]:
                     axis: tuple(dist.get_process_group_ranks(group)) for axis, group in groups.all().items()
                 },
                 "is_world": [axis for axis, group in groups.by_axis.items() if group is dist.group.WORLD],
-                "without": [axis for axis in ("cfg", "ring", "ulysses", "tp") if groups.get(axis) is None],
+                "without": [axis for axis in AXES if groups.get(axis) is None],
                 "mesh": None if mesh is None else (mesh.mesh_dim_names, tuple(mesh.mesh.shape)),
                 "links": check_links(groups, rank, CPU),
             }
@@ -71,14 +72,23 @@ def by_rank() -> list[tuple[list[dict], str]]:
 @pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=[str(layout) for layout in LAYOUTS])
 def test_groups(by_rank, index):
     layout = LAYOUTS[index]
-    axes = {axis for axis in ("cfg", "ring", "ulysses", "tp", "shard") if getattr(layout, axis) > 1}
+    replicas = layout.num_ranks // layout.shard
+    own = ("dp", *AXES) if layout.shard == 1 else AXES  # under FSDP the mesh has the replicas
+    axes = {axis for axis in (*own, "shard") if getattr(layout, axis) > 1}
+    axes |= {"replicate"} if layout.shard > 1 and replicas > 1 else set()
     for rank, (found, _) in enumerate(by_rank):
         opened = found[index]
         assert opened["ranks"].keys() == axes
         for axis, members in opened["ranks"].items():
-            assert members in layout.groups(axis) and rank in members
-        assert opened["is_world"] == [a for a in ("cfg", "ring", "ulysses", "tp") if getattr(layout, a) == 4]
-        assert set(opened["without"]) == {"cfg", "ring", "ulysses", "tp"} - axes
+            assert rank in members
+            if axis != "replicate":
+                assert members in layout.groups(axis)
+            else:
+                assert len(members) == replicas and {r % layout.shard for r in members} == {
+                    rank % layout.shard
+                }
+        assert opened["is_world"] == [axis for axis in own if getattr(layout, axis) == 4]
+        assert set(opened["without"]) == set(AXES) - axes
         assert [link["axis"] for link in opened["links"]] == sorted(axes)
         for link in opened["links"]:
             assert tuple(link["ranks"]) == opened["ranks"][link["axis"]] and link["gb_s"] > 0

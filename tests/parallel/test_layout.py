@@ -142,20 +142,20 @@ def test_a_layout_in_words():
             LayoutError,
             "none has no dp, parallelism.dp is 2; leave it out, or write paralle",
         ),
-        ("data_parallel", {"dp": 3}, 2, LayoutError, "needs dp 3 = 3 GPUs, gpus names 2"),
+        ("data_parallel", {"dp": 3}, 2, LayoutError, "needs dp 3 = 3 GPUs, the run has 2; write gpus"),
         (
             "hybrid",
             {"cfg": 2, "tp": 2, "ring": 2},
             4,
             LayoutError,
-            "cfg 2 x ring 2 x tp 2 = 8 GPUs, gpus names 4",
+            "cfg 2 x ring 2 x tp 2 = 8 GPUs, the run has 4",
         ),
         (
             "hybrid",
             {"cfg": 2, "ulysses": -1},
             3,
             LayoutError,
-            "3 GPUs cannot be divided by cfg 2 = 2, which para",
+            "3 GPUs cannot be divided by cfg 2, which para",
         ),
         ("hybrid", {"ring": -1, "ulysses": -1}, 4, LayoutError, "parallelism.ring and ulysses are both -1"),
         (
@@ -173,7 +173,7 @@ def test_a_layout_in_words():
             "shard is 3, which does not divide the 4 ranks of dp 4",
         ),
         ("fsdp", {"dp": 2, "shard": 1}, 2, LayoutError, "fsdp with shard 1 shards nothing over the 2 ranks"),
-        ("cfg_parallel", {"cfg": 2}, 1, LayoutError, "needs cfg 2 = 2 GPUs, gpus names 1"),
+        ("cfg_parallel", {"cfg": 2}, 1, LayoutError, "needs cfg 2 = 2 GPUs, the run has 1"),
         ("context_parallel", {"ulysses": -1}, 1, LayoutError, "context_parallel on one GPU splits nothing"),
         ("hybrid", {"blocks": 2, "ring": 2}, 4, LayoutError, "ring=2 is refused: every rank of a ring"),
         (

@@ -20,7 +20,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: set[int] = set()
+        self._known: dict[int, int] = {}
         self._is_paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,14 +40,20 @@ class LiveBytes(TorchDispatchMode):
         key, num_bytes = id(storage), storage.nbytes()
         if key in self._known:
             return
-        self._known.add(key)
+        self._known[key] = num_bytes
         self.live += num_bytes
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._remove, key, num_bytes)
+        weakref.finalize(storage, self._remove, key)
 
-    def _remove(self, key: int, num_bytes: int) -> None:
-        self._known.discard(key)
-        self.live -= num_bytes
+    def released(self, *tensors: torch.Tensor) -> None:
+        """Their memory was given back, though they live on."""
+        for tensor in tensors:
+            key = id(tensor.untyped_storage())
+            self.live -= self._known[key]
+            self._known[key] = 0
+
+    def _remove(self, key: int) -> None:
+        self.live -= self._known.pop(key)
 
     def __enter__(self) -> "LiveBytes":
         self._rms_norm = F.rms_norm

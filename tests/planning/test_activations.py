@@ -1,13 +1,16 @@
 """The trace of a forward against the real transformer: live bytes on the CPU."""
 
+from types import ModuleType
+
 import pytest
 import torch
 
 from tests.planning.live_bytes import LiveBytes
-from wanexp.planning import activations
+from wanexp.planning import activations, fused_activations
 from wanexp.planning.activations import Sizes
 from wanexp.planning.heap import Heap
 from wanexp.planning.memory import training_backward_bytes
+from wanexp.wan import fused
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.transformer import WanTransformer
 
@@ -30,12 +33,12 @@ def architecture(name: str, **changes: int) -> WanArchitecture:
     )
 
 
-def traced_peak(s: Sizes) -> int:
+def traced_peak(s: Sizes, path: ModuleType = activations) -> int:
     heap = Heap()
     hidden, _ = activations.embed(heap, s)
     for number in range(s.arch.num_layers):
-        hidden = activations.block(heap, s, hidden, first=number == 0)
-    activations.head(heap, s, hidden)
+        hidden = path.block(heap, s, hidden, first=number == 0)
+    path.head(heap, s, hidden)
     return heap.peak
 
 
@@ -69,6 +72,66 @@ def test_forward_peak_is_that_of_the_real_transformer(name, per_token, dtype, gr
         distinct_timesteps=2 if per_token else 0,
     )
     assert traced_peak(sizes) == pytest.approx(tracker.peak, rel=0.01)
+
+
+@pytest.fixture
+def fused_without_numbers(monkeypatch):
+    """`wan/fused.py` as it allocates: its kernels write into what they are given, so here they do nothing."""
+    for kernel in ("_add_and_norm", "_rms_norm", "_gelu"):
+        monkeypatch.setattr(fused, kernel, lambda *_args: None)
+    monkeypatch.setattr(fused, "check_inference", lambda _x: None)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("dtype", ["bfloat16", "bfloat16, fp32 residual"])
+@pytest.mark.parametrize("per_token", [False, True], ids=["per_sample", "per_token"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_fused_peak_is_that_of_the_real_transformer(
+    name, per_token, dtype, chunks, fused_without_numbers, monkeypatch
+):
+    arch, grid = architecture(name), (6, 20, 16)
+    residual = torch.float32 if "residual" in dtype else None
+    model = WanTransformer(arch, dtype=torch.bfloat16, residual=residual).eval()
+    model.set_attention("sdpa_flash")
+    model.set_kernels("triton")
+    model.set_ffn_chunks(chunks)
+    latent = torch.randn(1, 16, grid[0], 2 * grid[1], 2 * grid[2])
+    timestep = torch.full((1, grid[0], grid[1] * grid[2]), 500.0)
+    timestep[:, 0] = 0.0
+    image = torch.randn(1, 20, *latent.shape[2:]) if arch.in_channels == 36 else None
+    arguments = (latent, timestep.flatten(1) if per_token else timestep[:, 1, 0])
+    context = torch.randn(1, arch.clip_tokens + arch.text_len, arch.dim).bfloat16()
+    release = fused.release
+    with torch.inference_mode():
+        model(*arguments, image_latent=image, context=context)  # builds the RoPE tables
+        with LiveBytes() as tracker:
+
+            def released(x: torch.Tensor) -> None:
+                tracker.released(x)
+                release(x)
+
+            monkeypatch.setattr(fused, "release", released)
+            model(*arguments, image_latent=image, context=context)
+    s = Sizes(
+        arch,
+        1,
+        grid,
+        residual=4 if residual else 2,
+        distinct_timesteps=2 if per_token else 0,
+        ffn_chunks=chunks,
+    )
+    assert traced_peak(s, fused_activations) == pytest.approx(tracker.peak, rel=0.01)
+
+
+def test_the_fused_moments_are_those_of_the_docstring():
+    """Of U = 335,462,400 bytes: 14B S + 4 U, 1.3B S + U + F, in four runs S + 3 U at both."""
+    big = WanArchitecture(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+    small = WanArchitecture(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+    for arch, chunks, in_u in ((big, 1, 5.0), (small, 1, 2 + 8960 / 1536), (big, 4, 5.0), (small, 4, 5.0)):
+        s = Sizes(arch, 1, (21, 30, 52), ffn_chunks=chunks)
+        heap = Heap()
+        fused_activations.block(heap, s, heap.new(s.stream))
+        assert heap.peak - s.modulation == pytest.approx(in_u * s.hidden)
 
 
 def test_the_worst_moments_are_those_of_the_docstring():

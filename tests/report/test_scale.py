@@ -27,7 +27,7 @@ print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mib": pe
 """
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_a_thousand_runs(tmp_path: Path) -> None:
     """Import and report in about a minute of processor time, in bounded memory.
 

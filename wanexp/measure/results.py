@@ -64,6 +64,11 @@ def run_metrics(
     for axis in first["bytes_per_forward"]:
         sent = sum(report["bytes_per_forward"][axis] for report in reports.values())
         metrics[f"communication/{axis}_gib_per_forward"] = sent / GIB
+    if any(report["swap"]["bytes_per_forward"] for report in reports.values()):
+        swaps = [report["swap"] for report in reports.values()]
+        metrics["swap/gib_per_forward"] = sum(swap["bytes_per_forward"] for swap in swaps) / GIB
+        metrics["swap/stall_ms_per_step"] = 1000 * max(swap["stall_s"] for swap in swaps)
+        metrics["swap/host_gib"] = sum(report["load"]["swapped_bytes"] for report in reports.values()) / GIB
     for axis in {link["axis"] for link in first["links"]}:
         speeds = [
             link["gb_s"] for report in reports.values() for link in report["links"] if link["axis"] == axis

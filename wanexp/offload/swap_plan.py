@@ -5,56 +5,6 @@ from collections.abc import Sequence
 from wanexp.errors import LayoutError
 
 
-def swap_peak_bytes(
-    num_swapped: int,
-    *,
-    num_blocks: int,
-    block_bytes: int,
-    outer_bytes: int,
-    activation_bytes: int,
-    buffers: int = 2,
-) -> int:
-    """Peak bytes on a device that owns `num_blocks` blocks, `num_swapped` of them at home on the host.
-
-    What is resident, the buffers that the swapped blocks take turns in, the weights outside of the blocks and all else
-    that is alive at the worst moment (`activation_bytes`).
-    """
-    in_memory = num_blocks - num_swapped + min(buffers, num_swapped)
-    return outer_bytes + activation_bytes + in_memory * block_bytes
-
-
-def least_swapped(
-    free_bytes: int,
-    *,
-    num_blocks: int,
-    block_bytes: int,
-    outer_bytes: int,
-    activation_bytes: int,
-    buffers: int = 2,
-) -> int:
-    """The least number of blocks to swap such that a device's peak fits in `free_bytes`; 0 if all can stay.
-
-    Raises LayoutError if it does not fit with every block swapped.
-    """
-    # Up to `buffers` swapped blocks save nothing: each has a buffer to itself.
-    candidates = [0, *range(buffers + 1, num_blocks + 1)]
-    for num_swapped in candidates:
-        peak = swap_peak_bytes(
-            num_swapped,
-            num_blocks=num_blocks,
-            block_bytes=block_bytes,
-            outer_bytes=outer_bytes,
-            activation_bytes=activation_bytes,
-            buffers=buffers,
-        )
-        if peak <= free_bytes:
-            return num_swapped
-    raise LayoutError(
-        f"with {candidates[-1]} of {num_blocks} blocks swapped a device still needs {peak / 2**30:.2f} GiB, and "
-        f"{free_bytes / 2**30:.2f} GiB are free; write a smaller video, more GPUs or precision=fp8"
-    )
-
-
 def swapped_blocks(block_owner: Sequence[int], num_swapped: Sequence[int]) -> tuple[int, ...]:
     """Which blocks are swapped, ascending, spread evenly over those of each device.
 

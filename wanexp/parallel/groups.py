@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from wanexp.parallel.layout import Layout
+from wanexp.parallel.layout import RANK_AXES, Layout
 from wanexp.parallel.traffic import ring_factor
 
 CHECK_BYTES = {"cuda": 64 * 2**20, "cpu": 2**20}  # of one collective: enough for a link to show its speed
@@ -32,13 +32,14 @@ class Groups:
         """With those of the mesh, by name."""
         if self.shard_mesh is None:
             return dict(self.by_axis)
-        return self.by_axis | {"shard": self.shard_mesh.get_group(self.shard_mesh.ndim - 1)}
+        groups = self.by_axis | {"shard": self.shard_mesh.get_group(self.shard_mesh.ndim - 1)}
+        return groups if self.shard_mesh.ndim == 1 else groups | {"replicate": self.shard_mesh.get_group(0)}
 
 
 def open_layout_groups(layout: Layout, device_type: str) -> Groups:
     """Make the groups of `layout`; called by all ranks. Groups of all ranks are the world's own."""
     groups = {}
-    for axis in ("cfg", "ring", "ulysses", "tp"):
+    for axis in ("cfg", "ring", "ulysses", "tp") if layout.shard > 1 else RANK_AXES:
         degree = getattr(layout, axis)
         if degree == layout.num_ranks > 1:
             assert dist.group.WORLD is not None

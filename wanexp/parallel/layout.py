@@ -123,7 +123,8 @@ def resolve_layout(parallelism: ParallelismConfig, num_gpus: int) -> Layout:
     layout = Layout(**_fill_in(degrees, num_gpus))
     if layout.num_devices != num_gpus:
         raise LayoutError(
-            f"the layout needs {_factors(layout)} = {layout.num_devices} GPUs, gpus names {num_gpus}"
+            f"the layout needs {_factors(layout)} = {layout.num_devices} GPUs, the run has {num_gpus}; write gpus with "
+            f"{layout.num_devices} of them, or other degrees (parallelism=hybrid combines all)"
         )
     if layout.num_ranks % layout.shard:
         raise LayoutError(
@@ -132,6 +133,11 @@ def resolve_layout(parallelism: ParallelismConfig, num_gpus: int) -> Layout:
         )
     if layout == Layout() and mode != "none" and mode not in REPLICA_MODES and mode != "block_distribution":
         raise LayoutError(f"{mode} on one GPU splits nothing; write two GPUs or more, or parallelism=none")
+    if mode == "block_distribution" and layout.blocks == 1 < layout.num_ranks:
+        raise LayoutError(
+            f"block_distribution with blocks 1 spreads no blocks over the {num_gpus} GPUs; write "
+            "parallelism.blocks=-1, or parallelism=data_parallel"
+        )
     if mode == "fsdp" and layout.shard == 1:
         raise LayoutError(
             f"fsdp with shard 1 shards nothing over the {layout.dp} ranks; write parallelism.shard=-1 for all of them, "
@@ -164,8 +170,9 @@ def _fill_in(degrees: dict[str, int], num_gpus: int) -> dict[str, int]:
                 for name, degree in degrees.items()
                 if degree > 1 and name not in (*free, "shard")
             )
+            product = f" = {others}" if " x " in written else ""
             raise LayoutError(
-                f"{num_gpus} GPUs cannot be divided by {written} = {others}, which parallelism.{free[0]}=-1 asks for; "
+                f"{num_gpus} GPUs cannot be divided by {written}{product}, which parallelism.{free[0]}=-1 asks for; "
                 f"write a multiple of {others} GPUs"
             )
         filled[free[0]] = num_gpus // others

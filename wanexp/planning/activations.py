@@ -31,7 +31,6 @@ class Sizes:
     residual: int = 2
     distinct_timesteps: int = 0  # 0: one timestep a sample; else they are given per token
     ffn_chunks: int = 1  # runs of tokens that the FFN takes one after the other
-    is_fused: bool = False  # the GELU is in the FFN's first product
 
     @property
     def tokens(self) -> int:
@@ -247,11 +246,14 @@ def block(
 
 
 def feed_forward(heap: Heap, s: Sizes, consumed: int = 0) -> int:
-    """Runs of tokens one after the other, then joined. consumed: the input where it goes as soon as it was read."""
+    """Runs of tokens one after the other, then joined.
+
+    consumed: the input on the fused path, whose first product has the GELU in it and is the last to read a whole input.
+    """
     parts = []
     for _ in range(s.ffn_chunks):
         wide = heap.new(s.inner // s.ffn_chunks)
-        if not s.is_fused:
+        if not consumed:
             activated = heap.new(s.inner // s.ffn_chunks)
             heap.free(wide)
             wide = activated
@@ -259,7 +261,7 @@ def feed_forward(heap: Heap, s: Sizes, consumed: int = 0) -> int:
             heap.free(consumed)
         parts.append(heap.new(s.hidden // s.ffn_chunks))
         heap.free(wide)
-    if s.ffn_chunks == 1:
+    if len(parts) == 1:
         return parts[0]
     joined = heap.new(s.hidden)
     heap.free(*parts, consumed)

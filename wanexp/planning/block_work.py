@@ -2,20 +2,21 @@
 
 from dataclasses import dataclass
 
-from wanexp.config import RunConfig
+from wanexp.config import DeviceProfile, RunConfig
 from wanexp.hardware.devices import Device
 from wanexp.planning.activations import Sizes
 
-# The kernel that `attention_tflops` of the Hoppers' profiles is of, and self-attention of 32,760 tokens and 40 heads by
-# others over that of cuDNN at 577 TFLOP/s: measured on H200 on 2026-11-22.
-PROFILED_ATTENTION = "sdpa_cudnn"
+# Self-attention of 32,760 tokens and 40 heads by each kernel over that by cuDNN at 580 TFLOP/s: measured on H200 on
+# 2026-11-22. A profile's `attention_tflops` is of its `attention_kernel`.
 ATTENTION_SPEED = {
     "sdpa_cudnn": 1.0,
     "sdpa_flash": 0.63,
-    "fa3": 710 / 577,
+    "fa3": 711 / 580,
     "fa4": 1.19,
     "fa3_fp8": 1.60,
 }
+# What auto takes where these cannot be had: in training, for they have no backward pass, and in fp16
+BF16_FORWARD_ONLY, INSTEAD = ("fa3", "fa3_fp8", "fa4"), "sdpa_cudnn"
 FP8_SPEED = 1.88  # of float8 products over 16-bit ones at Wan shapes, measured likewise
 FP8_CAPABILITY = (8, 9)
 FUSED_CAPABILITY = (8, 0)
@@ -32,24 +33,27 @@ class Kernels:
     attention_speed: float = 1.0
 
 
-def kernels_of(config: RunConfig, device: Device) -> Kernels:
+def kernels_of(config: RunConfig, device: Device, profiled: str = DeviceProfile.attention_kernel) -> Kernels:
     """Those that the run will choose: fused ones for inference on GPUs, if they are not refused or unknown there.
 
-    A kernel of attention that is asked for by name counts with its speed on a Hopper; `auto` with the profile's.
+    profiled: the kernel that the profile's rate of attention is of, and `auto` stands for. Another one counts with its
+    speed over that, on a Hopper.
     """
-    attention = config.attention if config.attention in ATTENTION_SPEED else PROFILED_ATTENTION
+    attention, dtype = config.attention, config.precision.dtype
+    if attention == "auto" and profiled in BF16_FORWARD_ONLY:
+        attention = INSTEAD if config.workload.name == "train" or dtype == "float16" else profiled
     capability = device.compute_capability
     can_fuse = device.type == "cuda" and (capability is None or capability >= FUSED_CAPABILITY)
     wants_fused = config.kernels == "triton" or (config.kernels == "auto" and can_fuse)
     has_fp8 = device.type == "cuda" and capability is not None and capability >= FP8_CAPABILITY
     is_hopper = device.type == "cuda" and (capability is None or capability >= HOPPER)
+    has_ratios = is_hopper and dtype != "float32"
+    base = ATTENTION_SPEED.get(profiled, 1.0)
     return Kernels(
         is_fused=wants_fused and config.workload.name == "denoise",
         linear=config.precision.linear,
         linear_speed=FP8_SPEED if config.precision.linear == "fp8" and has_fp8 else 1.0,
-        attention_speed=ATTENTION_SPEED[attention] / ATTENTION_SPEED[PROFILED_ATTENTION]
-        if is_hopper
-        else 1.0,
+        attention_speed=ATTENTION_SPEED.get(attention, base) / base if has_ratios else 1.0,
     )
 
 

@@ -20,7 +20,7 @@ from wanexp.parallel.pipeline import Stage, stages_of, wavefront
 from wanexp.planning import activations, fused_activations
 from wanexp.planning.activations import Sizes
 from wanexp.planning.block_work import kernels_of
-from wanexp.planning.exchanges import plain_exchange
+from wanexp.planning.exchanges import attended
 from wanexp.planning.heap import Heap
 from wanexp.planning.plan import Plan, RankPlan
 from wanexp.planning.sizes import input_bytes, share_of, sizes_of
@@ -89,7 +89,9 @@ class Forward:
                 materialises_scores=self.materialises_scores,
             )
         if self.layout.ulysses > 1 or self.layout.ring > 1:
-            plain_exchange(self.heap, self.own, self.layout)
+            # Self-attention once more, with what travels
+            normed = self.heap.new(self.own.hidden)
+            self.heap.free(normed, attended(self.heap, self.own, self.layout))
         return activations.block(
             self.heap, self.own, hidden, first=first, materialises_scores=self.materialises_scores
         )

@@ -23,49 +23,27 @@ def met_bytes(s: Sizes, layout: Layout) -> int:
     return s.batch * s.tokens * layout.ulysses * heads * s.arch.head_dim * s.compute
 
 
-def plain_exchange(heap: Heap, s: Sizes, layout: Layout) -> None:
-    """Self-attention of the plain path once more, with what travels."""
-    own, met = own_bytes(s, layout), met_bytes(s, layout)
-    normed = heap.new(s.hidden)
-    kept, packed = [], []
-    for name in ("v", "k", "q"):
-        x = heap.new(own) if name == "v" else _turned(heap, s, own)
-        if layout.ulysses == 1:
-            kept.append(x)
-            continue
-        packed.append(heap.new(own))
-        kept.append(heap.new(met))
-        if name == "q":
-            kept.append(x)
-        else:
-            heap.free(x)
-    heap.free(*packed)
-    out = around_ring(heap, met, layout, fp32=met * 4 // s.compute) if layout.ring > 1 else heap.new(met)
-    if layout.ulysses > 1:
-        returned, joined = heap.new(own), heap.new(own)
-        heap.free(returned, joined)
-    heap.free(normed, out, *kept)
+def attended(heap: Heap, s: Sizes, layout: Layout, normed: int = 0) -> int:
+    """From the normed tensor to what was attended, ahead of the last projection.
 
-
-def fused_exchange(heap: Heap, s: Sizes, normed: int, layout: Layout) -> int:
-    """From the normed tensor, which goes once q is there, to what was attended. Without exchanges: q, k, v and that."""
+    normed: on the fused path, which lets it go once q is there; 0 on the plain path.
+    """
     own, met = own_bytes(s, layout), met_bytes(s, layout)
     kept, packed = [], []
     for name in ("v", "k", "q"):
-        x = heap.new(own)  # normed and turned where it lies
+        # Fused, q and k are normed and turned where they lie.
+        x = heap.new(own) if name == "v" or normed else _turned(heap, s, own)
         if name == "q":
             heap.free(normed)
-        if layout.ulysses == 1:
-            kept.append(x)
-            continue
-        packed.append(heap.new(own))
-        kept.append(heap.new(met))
-        if name == "q":
-            kept.append(x)
-        else:
+        if layout.ulysses > 1:
+            packed.append(heap.new(own))
+            kept.append(heap.new(met))
+        if layout.ulysses > 1 and name != "q":
             heap.free(x)
+        else:
+            kept.append(x)
     heap.free(*packed)
-    out = around_ring(heap, met, layout, fp32=met * 4 // s.compute) if layout.ring > 1 else heap.new(met)
+    out = _around_ring(heap, met, layout, fp32=met * 4 // s.compute) if layout.ring > 1 else heap.new(met)
     if layout.ulysses > 1:
         returned, joined = heap.new(own), heap.new(own)
         heap.free(returned, out)
@@ -74,7 +52,7 @@ def fused_exchange(heap: Heap, s: Sizes, normed: int, layout: Layout) -> int:
     return out
 
 
-def around_ring(heap: Heap, met: int, layout: Layout, *, fp32: int) -> int:
+def _around_ring(heap: Heap, met: int, layout: Layout, *, fp32: int) -> int:
     """The merged result; `met` bytes are those of q, and of each of k and v of one block."""
     # Views of what Ulysses received do not travel as they are.
     block = [heap.new(met), heap.new(met)] if layout.ulysses > 1 else []

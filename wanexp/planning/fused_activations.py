@@ -4,7 +4,7 @@ Written line by line beside `WanBlock._forward_fused`, where updates lie in the 
 what they were computed from, and normed tensors go as soon as they were read. With S = the residual stream, U = [batch,
 tokens, dim] in the compute dtype and F = the FFN's wide tensor, the moments that can be the worst are
 
-    self-attention            q, k, v, and normed or attended     S + 4 U    (Ulysses 7 U, a ring of two 9 U, of own tokens)
+    self-attention            q, k, v, and normed or attended     S + 4 U    (of own tokens: Ulysses 7 U, ring of 2 9 U)
     cross-attention           of text S + 2 U; with image tokens  S + 4 U
     FFN                       normed or update, and wide          S + U + F
     FFN in c runs             its parts joined, or the last       S + 3 U or S + 2 U + F / c
@@ -16,7 +16,7 @@ sample more and it writes into a tensor of its own, from the first addition on. 
 
 from wanexp.parallel.layout import Layout
 from wanexp.planning.activations import Sizes, feed_forward
-from wanexp.planning.exchanges import fused_exchange, own_bytes
+from wanexp.planning.exchanges import attended, own_bytes
 from wanexp.planning.heap import Heap
 
 WHOLE = Layout()
@@ -52,12 +52,12 @@ def block(
 
 
 def self_attention(heap: Heap, s: Sizes, normed: int, layout: Layout, materialises_scores: bool) -> int:
-    if materialises_scores:  # as in `activations.py`
+    if materialises_scores:  # beside q, k and v, for one of which stands normed
         scores = [heap.new(4 * s.batch * s.arch.num_heads * s.tokens**2) for _ in range(2)]
-        heap.free(*scores)
-    attended = fused_exchange(heap, s, normed, layout)
+        heap.free(*scores, heap.new(own_bytes(s, layout)), heap.new(own_bytes(s, layout)))
+    met = attended(heap, s, layout, normed)
     out = heap.new(s.hidden)
-    heap.free(attended)
+    heap.free(met)
     return out
 
 
@@ -67,7 +67,7 @@ def cross_attention(heap: Heap, s: Sizes, normed: int, layout: Layout) -> int:
     q = heap.new(own)
     heap.free(normed)
     k, v = heap.new(per_token * s.arch.text_len), heap.new(per_token * s.arch.text_len)
-    attended = heap.new(own)
+    met = heap.new(own)
     heap.free(v)
     if s.arch.clip_tokens:
         image_k = heap.new(per_token * s.arch.clip_tokens)
@@ -76,11 +76,11 @@ def cross_attention(heap: Heap, s: Sizes, normed: int, layout: Layout) -> int:
         image = heap.new(own)
         heap.free(v)
         both = heap.new(own)
-        heap.free(image, attended)
-        attended = both
+        heap.free(image, met)
+        met = both
     heap.free(q, k)
     out = heap.new(s.hidden)
-    heap.free(attended)
+    heap.free(met)
     return out
 
 

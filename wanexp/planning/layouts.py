@@ -125,6 +125,8 @@ def layout_settings(parallelism: ParallelismConfig, devices: Sequence[Device]) -
         words.append(f"parallelism.block_placement={parallelism.block_placement}")
     if parallelism.block_chunks:
         words.append(f"parallelism.block_chunks={parallelism.block_chunks}")
+    if not parallelism.pipeline:
+        words.append("parallelism.pipeline=false")
     if split := parallelism.block_split:
         words.append(f"'parallelism.block_split=[{','.join(str(share) for share in split)}]'")
     words.append(f"'gpus=[{','.join(str(device.index) for device in devices)}]'")

@@ -8,7 +8,14 @@ from wanexp.errors import LayoutError, UserError
 from wanexp.hardware.devices import Device
 from wanexp.offload.sizes import tensor_bytes
 from wanexp.offload.swap_plan import swapped_blocks, swapped_per_device
-from wanexp.parallel.layout import INFERENCE_AXES, Layout, place_blocks, resolve_layout, split_evenly
+from wanexp.parallel.layout import (
+    AXES_OF_MODE,
+    INFERENCE_AXES,
+    Layout,
+    place_blocks,
+    resolve_layout,
+    split_evenly,
+)
 from wanexp.parallel.pipeline import place_chunks
 from wanexp.parallel.shares import (
     check_context_parallel,
@@ -137,6 +144,11 @@ def _check_workload(config: RunConfig, layout: Layout, batch_size: int) -> None:
                 "write workload.guidance_scale=[5], or another parallelism"
             )
         return
+    if config.precision.dtype == "float16":
+        raise UserError(
+            "workload=train in float16 needs scaled losses, which are not here: small gradients would be lost; write "
+            "precision=bf16 or precision=fp32"
+        )
     if config.model.num_experts > 1:
         raise UserError(
             f"workload=train trains one transformer, {config.model.name} has {config.model.num_experts} experts; "
@@ -202,6 +214,14 @@ def _swapped_blocks(config: RunConfig, block_owner: Sequence[int]) -> tuple[int,
 
 def _place_blocks(config: RunConfig, layout: Layout, devices: Sequence[Device]) -> tuple[int, ...]:
     parallelism, num_layers = config.parallelism, config.model.architecture.num_layers
+    placed = (
+        parallelism.block_chunks or parallelism.block_split or parallelism.block_placement != "contiguous"
+    )
+    if placed and "blocks" not in AXES_OF_MODE[parallelism.mode]:
+        raise LayoutError(
+            f"{parallelism.mode} has no blocks to place; leave parallelism.block_placement, block_split and "
+            "block_chunks out, or write parallelism=block_distribution"
+        )
     if parallelism.block_chunks is not None and layout.blocks > 1:
         if parallelism.block_placement != "interleaved" or parallelism.block_split is not None:
             raise LayoutError(

@@ -42,6 +42,7 @@ FRACTIONS = {
     "elementwise": 0.53,
     "p2p": 0.85,
     "staged": 0.4,
+    "collective": 0.65,  # NCCL over NVLink, of the rate of copies: 236 (all-gather) to 297 (all-reduce) of 394 GB/s
     "host": 0.85,  # 55.5 of 64 GB/s of PCIe 5, pinned
     "fp32_attention": 0.5,
 }
@@ -52,6 +53,9 @@ FSDP_COPY_FACTOR = (
     4  # a gathered block is written, and copied to its parameters: read and written; its shard is read
 )
 ENOUGH_MICROBATCHES = 16  # more do not change how many chunks are the fastest, only how long the answer takes
+NCCL_SHARE = (
+    32 / 132
+)  # of an H200's multiprocessors, a channel each, are kept from what is computed beside a transfer
 HIDDEN_SHARE = 0.9  # of the backward pass, during which DDP's all-reduce can run
 ADAMW_BYTES = 80  # read and written per weight by torch's foreach AdamW: 8 fp32 kernels
 # Where nothing is known of a device: ratios of a generic GPU, good for ranking and never shown
@@ -66,17 +70,24 @@ GENERIC = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Per second: FLOPs of matrix products and attention, bytes of elementwise kernels, copies and memory."""
+    """Per second: FLOPs of matrix products and attention, bytes of elementwise kernels, copies and memory.
+
+    link, collective: from one device to another, by a copy and by NCCL. nccl_share: of the device, which that keeps
+    from what is computed beside it.
+    """
 
     gemm: float
     attention: float
     elementwise: float
     memory: float
     link: float
+    collective: float
+    nccl_share: float
     host: float
     latency_s: float
     launch_s: float
     is_known: bool
+    attention_kernel: str = DeviceProfile.attention_kernel  # which `attention` is of
 
 
 @dataclass(frozen=True)
@@ -108,16 +119,20 @@ def rates_of(profile: DeviceProfile | None, dtype: str, *, has_p2p: bool = True)
         pick("p2p_gb_s")
         or (pick("link_gb_s") or GENERIC["link_gb_s"]) * FRACTIONS["p2p" if has_p2p else "staged"]
     )
+    has_nvlink = profile is not None and profile.link == "nvlink"
     return Rates(
         gemm=(gemm or peak * FRACTIONS["gemm"]) * 1e12,
         attention=(attention or peak * attention_share) * 1e12,
         elementwise=(measured[2] or bandwidth * FRACTIONS["elementwise"]) * 1e9,
         memory=bandwidth * 0.85e9,
         link=link * 1e9,
+        collective=link * 1e9 * (FRACTIONS["collective"] if has_nvlink else 1.0),
+        nccl_share=NCCL_SHARE if has_nvlink else 0.0,
         host=(pick("host_link_gb_s") or GENERIC["host_link_gb_s"]) * FRACTIONS["host"] * 1e9,
         latency_s=(pick("p2p_latency_us") or LATENCY_US) * 1e-6,
         launch_s=(pick("launch_us") or LAUNCH_US) * 1e-6,
         is_known=is_known,
+        attention_kernel=(profile or DeviceProfile()).attention_kernel,
     )
 
 
@@ -137,18 +152,20 @@ def block_seconds(
     part = s.hidden / tokens  # of hidden states on a rank, in bytes
     if layout.ulysses > 1:
         query_s = 2 * s.batch * s.tokens * s.arch.dim**2 / rates.gemm / kernels.linear_speed / shares
-        compute_s += _ulysses_seconds(
-            part / layout.tp, rates, layout, query_s=query_s, attention_s=attention_s
-        )
+        sent = part / layout.tp * (layout.ulysses - 1) / layout.ulysses
+        one_s = sent / rates.collective + rates.latency_s
+        # v and k travel beside the products of k and q; q and the result are waited for.
+        compute_s += waited_for(2 * one_s, 2 * query_s, rates.nccl_share) + 2 * one_s
     if layout.ring > 1:  # each step's transfer beside its share of the attention
-        passed_on = 2 * part / layout.tp / rates.link + rates.latency_s
-        compute_s += (layout.ring - 1) * max(0.0, passed_on - attention_s / layout.ring)
+        passed_on = 2 * part / layout.tp / rates.collective + rates.latency_s
+        compute_s += (layout.ring - 1) * waited_for(passed_on, attention_s / layout.ring, rates.nccl_share)
     if layout.tp > 1:
-        compute_s += 3 * part * ring_factor(layout.tp) / rates.link + 6 * rates.latency_s
+        compute_s += 3 * part * ring_factor(layout.tp) / rates.collective + 6 * rates.latency_s
     if layout.shard > 1:  # the next block is gathered beside this one
         weights = s.compute * s.arch.num_block_parameters()
-        gather_s = weights * (layout.shard - 1) / layout.shard / rates.link + rates.latency_s
-        compute_s = max(compute_s + FSDP_COPY_FACTOR * weights / rates.memory, gather_s)
+        gather_s = weights * (layout.shard - 1) / layout.shard / rates.collective + rates.latency_s
+        compute_s += FSDP_COPY_FACTOR * weights / rates.memory
+        compute_s += waited_for(gather_s, compute_s, rates.nccl_share)
     return compute_s
 
 
@@ -172,16 +189,9 @@ def _elementwise_seconds(s: Sizes, rates: Rates, layout: Layout, kernels: Kernel
     return seconds + num_bytes / rates.elementwise
 
 
-def _ulysses_seconds(
-    part: float, rates: Rates, layout: Layout, *, query_s: float, attention_s: float
-) -> float:
-    """What of the exchange of heads is waited for: v and k travel beside the products of k and q, and without a ring
-    half of the result beside the attention of the other half.
-    """
-    one_s = part * (layout.ulysses - 1) / layout.ulysses / rates.link
-    behind_products = max(0.0, 2 * one_s - 2 * query_s)
-    hidden_result = 0.0 if layout.ring > 1 else min(one_s / 2, attention_s / 2)
-    return behind_products + one_s + one_s - hidden_result + 2 * rates.latency_s
+def waited_for(transfer_s: float, beside_s: float, nccl_share: float) -> float:
+    """How much longer a transfer makes the computing beside it: what outlasts it, and the multiprocessors it takes."""
+    return max(0.0, transfer_s - beside_s) + nccl_share * min(transfer_s, beside_s)
 
 
 def outer_seconds(s: Sizes, rates: Rates) -> float:
@@ -222,7 +232,9 @@ def _rank_step(config: RunConfig, plan: Plan, rank: RankPlan, rates: Sequence[Ra
     num_forwards = forwards_per_step(config) // plan.layout.cfg * rank.num_samples // batch
     sizes = sizes_of(config, batch)
     owned = [rates[device] for device in rank.devices]
-    kernels = [kernels_of(config, plan.devices[device]) for device in rank.devices]
+    kernels = [
+        kernels_of(config, plan.devices[device], rates[device].attention_kernel) for device in rank.devices
+    ]
     stages = stages_of(plan.block_owner, len(plan.block_owner))
     block_s = [
         block_seconds(sizes, *pair) for pair in zip(owned, [plan.layout] * len(owned), kernels, strict=True)
@@ -259,7 +271,7 @@ def fastest_chunks(config: RunConfig, plan: Plan, profiles: Sequence[DeviceProfi
         return plan.layout.blocks
     rank, sizes = plan.ranks[0], sizes_of(config, 1)
     rates = _rates(config, plan, profiles)[: plan.layout.blocks]
-    kernels = kernels_of(config, plan.devices[0])
+    kernels = kernels_of(config, plan.devices[0], rates[0].attention_kernel)
     block_s = max(block_seconds(sizes, rate, plan.layout, kernels) for rate in rates)
     num_microbatches = forwards_per_step(config) // plan.layout.cfg * rank.num_samples
     return best_chunks(
@@ -283,13 +295,15 @@ def _train_step(config: RunConfig, plan: Plan, rank: RankPlan, forward_s: float,
     num_weights = plan.weight_bytes[0] // 4 // config.model.num_experts
     # The backward pass of a matrix product is two of them; that of attention is five for the forward's two, as it
     # makes the scores again (FlashAttention-2, section 3.1).
-    attention_s = len(plan.block_owner) * block_flops(sizes_of(config, rank.num_samples))[1] / rates.attention
+    kernels = kernels_of(config, plan.devices[rank.devices[0]], rates.attention_kernel)
+    attention = rates.attention * kernels.attention_speed
+    attention_s = len(plan.block_owner) * block_flops(sizes_of(config, rank.num_samples))[1] / attention
     backward_s = (2 + recompute) * forward_s + attention_s / 2
     layout = plan.layout
     # An all-reduce of the fp32 gradients; under FSDP a rank reduces its shard over the copies of it, and the gathers
     # and scatters of all weights (`fsdp_bytes`) run beside the backward pass too.
-    reduce_s = ring_factor(layout.dp // layout.shard) * 4 * num_weights / rates.link
+    reduce_s = ring_factor(layout.dp // layout.shard) * 4 * num_weights / rates.collective
     if layout.shard > 1:
-        reduce_s += 2 * (layout.shard - 1) * 4 * num_weights / rates.link
+        reduce_s += 2 * (layout.shard - 1) * 4 * num_weights / rates.collective
     exposed_s = max(0.0, reduce_s - HIDDEN_SHARE * backward_s)
     return forward_s + backward_s + exposed_s + ADAMW_BYTES * num_weights / rates.memory

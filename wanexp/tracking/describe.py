@@ -65,6 +65,7 @@ def tags_of(record: Record) -> dict[str, str]:
         "weights": weights(record),
         "warnings": len(record.warnings),
         "sweep_id": record.sweep_id,
+        "lossy": "true" if record.effective.get("is_lossy") else None,
         "cell": record.cell,
         "repeat": record.repeat,
         "host": mapping(record.environment.get("host")).get("name"),
