@@ -60,7 +60,7 @@ class Case:
             video=video_of(config.model, self.grid),
             parallelism=ParallelismConfig(
                 mode=self.mode or mode_of(self.layout),
-                block_placement=self.placement,
+                block_placement=self.placement if self.layout.blocks > 1 else "contiguous",
                 pipeline=self.pipeline,
                 **self.layout.degrees(),
             ),

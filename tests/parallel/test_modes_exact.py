@@ -139,9 +139,12 @@ def test_bytes_sent_are_those_of_the_formulas(ranks, name):
 def test_every_group_of_the_layout_was_checked(ranks, name):
     job, found, _ = result_of(ranks, name)
     layout = job.plan.layout
-    axes = {axis for axis in ("cfg", "ring", "ulysses", "tp", "shard") if getattr(layout, axis) > 1}
+    axes = {axis for axis, degree in layout.degrees().items() if degree > 1} - {"blocks"}
+    axes -= {"dp"} if layout.shard > 1 else set()  # under FSDP the mesh has the replicas
     for rank, result in enumerate(found):
         links = {link["axis"]: tuple(link["ranks"]) for link in result["report"]["links"]}
+        is_copied = layout.num_ranks > layout.shard > 1
+        assert (links.pop("replicate", None) is not None) == is_copied
         assert links.keys() == axes
         assert all(members in layout.groups(axis) and rank in members for axis, members in links.items())
 
