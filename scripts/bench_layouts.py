@@ -28,7 +28,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))  # works without an installation, too
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 from hydra import compose, initialize_config_dir
+from layouts_table import table_rows, write_table
 
 from wanexp.config import RunConfig, conf_dir, register, to_dict, to_run_config
 from wanexp.errors import LayoutError
@@ -75,6 +76,16 @@ CASES = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Task:
+    """What one process does of one case. kind: `run`, or `reference` in bf16 or fp32 (leaves an answer only)."""
+
+    job: Job
+    rank: int
+    kind: str = "run"
+    blocks: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """One model at one size. blocks: how many of the first are compared; None: all."""
 
@@ -102,16 +113,6 @@ class Case:
         ]
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return to_run_config(compose("config", overrides=settings))
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What one process does of one case. kind: `run`, or `reference` in bf16 or fp32 (leaves an answer only)."""
-
-    job: Job
-    rank: int
-    kind: str = "run"
-    blocks: int | None = None
 
 
 def main() -> int:
@@ -162,10 +163,10 @@ def main() -> int:
             continue
         longest = max(longest, time.time() - begin)
         print(f"{layout} on {len(chosen)}: {time.time() - begin:.0f} s", flush=True)
-        write_table(runs, cases, options.out)
-    write_table(runs, cases, options.out)
+        write_table(runs, options.out)
+    write_table(runs, options.out)
     print(options.out.read_text())
-    print(json.dumps(table_rows(runs, cases)))
+    print(json.dumps(table_rows(runs)))
     return 0 if all(record.outcome == "finished" for _, record in runs) else 1
 
 
@@ -220,7 +221,7 @@ def predictions(cases: Sequence[Case], cells: Sequence[tuple[str, Sequence[Devic
 
 def measure_none(
     cases: Sequence[Case], devices: Sequence[Device], folder: Path, fp32_blocks: int
-) -> list[tuple[Case, Record]]:
+) -> list[tuple[str, Record]]:
     """Mode none on each device at the same time; each also computes the reference for the sample of its number."""
     from wanexp.planning.plan import RankPlan, is_lossy_run, make_plan
 
@@ -254,14 +255,14 @@ def measure_none(
                 tasks[number].append(Task(task_job, 0, "reference"))
     heard, telemetry, begin = launch_tasks(tasks, devices)
     return [
-        (case, finish_record(case, job, heard[job.folder], telemetry, begin, [], number))
+        (case.name, finish_record(case, job, heard[job.folder], telemetry, begin, [], number))
         for case, job, number in runs
     ]
 
 
 def measure_layout(
     cases: Sequence[Case], overrides: Sequence[str], devices: Sequence[Device], folder: Path, number: int
-) -> list[tuple[Case, Record]]:
+) -> list[tuple[str, Record]]:
     """One layout, all cases in the same processes. Raises LayoutError where it suits none of them."""
     from wanexp.planning.plan import make_plan
 
@@ -286,7 +287,7 @@ def measure_layout(
         raise refusal
     heard, telemetry, begin = launch_tasks(tasks, devices)
     return [
-        (case, finish_record(case, job, heard[job.folder], telemetry, begin, overrides, None))
+        (case.name, finish_record(case, job, heard[job.folder], telemetry, begin, overrides, None))
         for case, job in jobs
     ]
 
@@ -447,101 +448,6 @@ def compare(record: Record, case: Case, job: Job, none_number: int | None) -> No
     record.metrics["parity/num_blocks"] = float(case.blocks or job.config.model.architecture.num_layers)
     if parity.rel_l2 > job.config.precision.tolerance:
         record.outcome = "inexact"
-
-
-def table_rows(runs: Sequence[tuple[Case, Record]], cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """One row a run: step time, ratio to the mean of mode none, memory, use of each GPU, bytes sent, parity."""
-    return [row for case in cases for row in _case_rows([r for c, r in runs if c == case], case)]
-
-
-def _case_rows(mine: Sequence[Record], case: Case) -> Iterator[dict[str, Any]]:
-    base = [
-        r.metrics["latency/step_ms"]
-        for r in mine
-        if r.effective["mode"] == "none" and "latency/step_ms" in r.metrics
-    ]
-    for record in mine:
-        metrics, labels = record.metrics, [device["label"] for device in record.effective["devices"]]
-        degrees = {name: degree for name, degree in record.plan["layout"].items() if degree > 1}
-        asked = record.requested["parallelism"]
-        placement = f", {asked['block_placement']}" if degrees.get("blocks") else ""
-        row: dict[str, Any] = {
-            "case": case.name,
-            "mode": record.effective["mode"] + placement,
-            "layout": " x ".join(f"{name}={degree}" for name, degree in degrees.items()) or "one GPU",
-            "outcome": record.outcome,
-        }
-        if "latency/step_ms" not in metrics or not base:
-            yield row | {"note": record.message}
-            continue
-        step, batch, mean = metrics["latency/step_ms"], metrics["setup/batch_size"], sum(base) / len(base)
-        sent = sum(value for name, value in metrics.items() if name.endswith("_gib_per_forward"))
-        yield row | {
-            "step ms": round(step, 1),
-            "speed-up": round(batch * mean / step, 3),
-            "samples": int(batch),
-            "peak GiB": " / ".join(
-                f"{metrics.get(f'memory/{label}/peak_allocated_gib', 0):.2f}" for label in labels
-            ),
-            "weights GiB": " / ".join(f"{metrics[f'memory/{label}/weights_gib']:.2f}" for label in labels),
-            "busy %": " / ".join(
-                f"{metrics.get(f'telemetry/{label}/utilization_percent', 0):.0f}" for label in labels
-            ),
-            "sent GiB a forward": round(sent, 3),
-            "parity": parity_words(metrics),
-            "predicted ms": round(metrics.get("plan/predicted_step_ms", 0), 1),
-            "predicted peak GiB": round(metrics.get("plan/predicted_peak_gib", 0), 2),
-        }
-
-
-def parity_words(metrics: dict[str, float]) -> str:
-    if "parity/bf16_to_fp32" in metrics:
-        return f"bf16 to fp32: {metrics['parity/bf16_to_fp32']:.1e}"
-    if metrics.get("parity/bit_equal"):
-        return "bit-equal"
-    return f"{metrics['parity/rel_l2']:.1e}" if "parity/rel_l2" in metrics else ""
-
-
-def write_table(runs: Sequence[tuple[Case, Record]], cases: Sequence[Case], out: Path) -> None:
-    rows = table_rows(runs, cases)
-    records = [record for _, record in runs]
-    headers = list(dict.fromkeys(name for row in rows for name in row))
-    first = next((record for record in records if record.environment.get("torch")), records[0])
-    torch, devices = first.environment.get("torch", {}), first.effective["devices"]
-    num_devices = len({device["index"] for record in records for device in record.effective["devices"]})
-    lines = [
-        f"# Every layout on {num_devices} x {devices[0]['name']}",
-        "",
-        f"Measured {first.started[:10]}; torch {torch.get('version')}, CUDA {torch.get('cuda')}, driver "
-        f"{first.environment.get('driver')}; precision {first.effective['precision']}, attention "
-        f"{first.effective['attention']}; random weights. Made by `python scripts/bench_layouts.py "
-        + " ".join(repr(word) if " " in word else word for word in sys.argv[1:])
-        + "`.",
-        "",
-        "Step: median of the timed steps after one for warm-up; two forwards (guidance). Speed-up: samples a second "
-        "over the mean of mode none on each GPU. Parity: worst relative L2 of the predicted flow against mode none's, "
-        "same kernels and shares of the batch; for none, of bf16 against fp32 over its first blocks.",
-        "",
-        "| " + " | ".join(headers) + " |",
-        "|" + " --- |" * len(headers),
-        *("| " + " | ".join(str(row.get(header, "")) for header in headers) + " |" for row in rows),
-        "",
-    ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join(lines))
-    kept = [
-        {
-            "overrides": record.overrides,
-            "outcome": record.outcome,
-            "message": record.message,
-            "layout": record.plan["layout"],
-            "metrics": record.metrics,
-            "samples": record.samples,
-            "warnings": record.warnings,
-        }
-        for record in records
-    ]
-    out.with_suffix(".json").write_text(json.dumps({"rows": rows, "runs": kept}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

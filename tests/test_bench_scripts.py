@@ -1,4 +1,4 @@
-"""scripts/bench_floor.py and scripts/bench_peers.py, as far as they go without a GPU and without xDiT."""
+"""scripts/bench_floor.py, bench_peers.py and bench_layouts.py, as far as they go without a GPU and without xDiT."""
 # ruff: noqa: E402
 
 import argparse
@@ -372,3 +372,39 @@ def test_the_script_measures_what_it_can_and_says_what_it_cannot(tmp_path):
     assert rows[1, "diffusers_eager"]["outcome"] == "failed"  # there is no cuDNN on a CPU
     assert rows[1, "diffusers_eager"]["reason"]
     assert "## tiny, tiny, 2 GPUs" in out.read_text()
+
+
+# --- every layout ---
+
+
+def test_every_legal_layout_runs_and_gives_the_same_answer(tmp_path):
+    """scripts/bench_layouts.py as a study calls it: predictions first, then each layout, all cases in its processes."""
+    arguments = [
+        "--gpus=0,1",
+        "--layout=all",
+        "--case=tiny:tiny:1",
+        "--override=precision=fp32",
+        "--fp32-blocks=1",
+    ]
+    arguments += [f"--folder={tmp_path / 'records'}", f"--out={tmp_path / 'table.md'}"]
+    command = [sys.executable, str(ROOT / "scripts" / "bench_layouts.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    layouts = {row["layout"] for row in rows}
+    assert layouts >= {
+        "one GPU",
+        "dp=2",
+        "cfg=2",
+        "ulysses=2",
+        "ring=2",
+        "tp=2",
+        "dp=2 x shard=2",
+        "blocks=2",
+    }
+    for row in rows[2:]:
+        assert row["outcome"] == "finished"
+        assert row["parity"] == "bit-equal" or float(row["parity"]) < 1e-5, row
+    predicted = json.loads((tmp_path / "records" / "predictions.json").read_text())
+    assert len(predicted) == len(rows) - 2
+    assert sum(1 for _ in (tmp_path / "records").glob("*/record.json")) == len(rows)

@@ -15,8 +15,8 @@ from wanexp.config import (
     run_config_from_dict,
     to_dict,
     to_run_config,
-    unknown_key_message,
 )
+from wanexp.config_keys import unknown_key_message
 from wanexp.errors import UserError
 
 GROUPS = sorted(path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra")
@@ -280,11 +280,11 @@ def test_a_damaged_record_is_refused_in_one_line(change, part):
 
 
 def test_messages_for_unknown_keys():
-    assert unknown_key_message("seed.x") == "seed.x does not exist; seed is a single value"
-    assert unknown_key_message("hardware.device.mem").startswith(
+    assert unknown_key_message(RunConfig, "seed.x") == "seed.x does not exist; seed is a single value"
+    assert unknown_key_message(RunConfig, "hardware.device.mem").startswith(
         "hardware.device.mem does not exist; keys of hardware.device: name, memory_gib"
     )
-    assert "keys of model.architecture: dim" in unknown_key_message("model.architecture.layers")
+    assert "keys of model.architecture: dim" in unknown_key_message(RunConfig, "model.architecture.layers")
 
 
 def test_an_installed_package_has_its_own_conf(monkeypatch, tmp_path):

@@ -20,6 +20,7 @@ from wanexp.config import (
 from wanexp.console import Console, block_ranges
 from wanexp.guide.configuration import compose_config
 from wanexp.hardware.devices import Device
+from wanexp.plan_table import print_plan_table
 from wanexp.planning.plan import make_plan
 from wanexp.planning.planner import plan_layouts
 from wanexp.planning.task import devices_to_plan
@@ -178,7 +179,7 @@ def test_end_table(width):
     assert "12.3 s, 2.31 GiB/s" in text
     assert "287 J/step" in text
     assert "41.3 % of the dense peak" in text
-    assert "Attention     sdpa_flash" in text
+    assert "Kernels       attention sdpa_flash" in text
     assert "Exchanged     blocks 32.0 MiB between devices a forward" in text
     assert "relative L2 error 1.2e-03 against mode none" in text
     assert "(flow, all 8 blocks; tolerance 0.01)" in " ".join(text.split())
@@ -223,7 +224,9 @@ def plan_text(width: int, hardware: str) -> str:
     devices = devices_to_plan(asked)
     planned = plan_layouts(asked, devices, [asked.hardware.device] * len(devices))
     screen = Screen(width)
-    screen.console.plan_table(asked, devices, planned, "" if planned.winner else "write a smaller video")
+    print_plan_table(
+        screen.console, asked, devices, planned, "" if planned.winner else "write a smaller video"
+    )
     return screen.text()
 
 
@@ -315,7 +318,7 @@ def test_plain_progress_reports_now_and_then(monkeypatch):
     clock = iter([100.0, 104.0, 110.5, 115.0])
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
     screen = Screen()
-    with show_progress(screen.console._rich) as reporter:
+    with show_progress(screen.console.rich) as reporter:
         for done in range(4):
             reporter.update("measure", done, 8, 7.25)
     assert screen.text().splitlines() == ["measure ...", "measure: 2/8, 10 s, about 32 s left, 7.25 GiB"]

@@ -17,7 +17,8 @@ from hydra.errors import (
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import MarkedYAMLError, YAMLError
 
-from wanexp.config import RunConfig, omegaconf_message, unknown_choice_message, unknown_key_message
+from wanexp.config import RunConfig
+from wanexp.config_keys import omegaconf_message, unknown_choice_message, unknown_key_message
 from wanexp.errors import UserError
 
 _EXPECTED = {
@@ -96,19 +97,19 @@ def _bad_composition(error: ConfigCompositionException) -> str:
             return _wrong_type(key.lstrip("+"), value, cause)
     if found := re.match(r"Could not override '([^']+)'", text):
         key = found[1]
-        return f"{key} does not exist" if key.startswith("hydra.") else unknown_key_message(key)
+        return f"{key} does not exist" if key.startswith("hydra.") else unknown_key_message(RunConfig, key)
     inner = [line for line in text.splitlines() if not line.startswith("In '")]
     if found := re.search(r"^\s*full_key: (\S+)", text, re.MULTILINE):
         key = found[1]
         if re.search(r"Key '.*' not in ", text):
-            return _origin(error) + unknown_key_message(key)
+            return _origin(error) + unknown_key_message(RunConfig, key)
         return _one_line(f"{_origin(error)}{key}: {inner[0] if inner else text}")
     return _one_line(_first_line(error))
 
 
 def _wrong_type(key: str, value: str, cause: ValidationError) -> str:
     if cause.full_key and key.startswith(f"{cause.full_key}."):
-        return unknown_key_message(key)
+        return unknown_key_message(RunConfig, key)
     expected = _expected(key)
     if expected is None:
         return _one_line(f"{key}={value}: {_first_line(cause)}")

@@ -5,19 +5,25 @@ dataclasses themselves, and below that boundary nobody sees OmegaConf. Nothing h
 environment, and nothing imports torch.
 """
 
-import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from wanexp.config_keys import (
+    known_items,
+    leaves,
+    omegaconf_message,
+    unknown_choice_message,
+    unknown_key_message,
+    unknown_keys,
+)
 from wanexp.errors import UserError
 from wanexp.offload.sizes import LINEARS
 from wanexp.wan.architecture import PATCH_SIZE, WanArchitecture
@@ -263,8 +269,8 @@ def to_run_config(config: DictConfig) -> RunConfig:
         raise UserError(omegaconf_message(error)) from error
     assert isinstance(container, dict)
     values = {str(key): value for key, value in container.items()}
-    for key in _unknown_keys(RunConfig, values):  # `+key=value` goes past the schema
-        raise UserError(unknown_key_message(key))
+    for key in unknown_keys(RunConfig, values):  # `+key=value` goes past the schema
+        raise UserError(unknown_key_message(RunConfig, key))
     return run_config_from_dict(values)
 
 
@@ -273,8 +279,8 @@ def run_config_from_dict(values: Mapping[str, Any]) -> RunConfig:
 
     Keys that this version does not know are ignored, those it misses take their defaults. Raises UserError.
     """
-    known = _known_items(RunConfig, values)
-    for key, value in _leaves(known):
+    known = known_items(RunConfig, values)
+    for key, value in leaves(known):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key} is {value}; write a finite number")
         if key.startswith("model.architecture.") and isinstance(value, int):  # its own check divides by some
@@ -448,81 +454,3 @@ def _per_expert(key: str, scales: list[float], num_experts: int) -> list[float]:
         )
         raise UserError(f"{key} has {len(scales)} numbers; write {wanted}")
     return scales
-
-
-def did_you_mean(found: object, valid: Iterable[str]) -> str:
-    """` (did you mean X?)` where one of the valid words is close to the one found, else nothing."""
-    close = difflib.get_close_matches(str(found), list(valid), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def unknown_choice_message(key: str, found: object, valid: Sequence[str]) -> str:
-    """The line for a name that is not among the valid ones."""
-    return f"{key} '{found}' does not exist{did_you_mean(found, valid)}; write one of: {', '.join(valid)}"
-
-
-def unknown_key_message(key: str) -> str:
-    """The line for a dotted key that the schema does not have; it lists the keys of the nearest group."""
-    group: type = RunConfig
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
-        names = [item.name for item in fields(group)]
-        path = ".".join(parts[:depth])
-        if part not in names:
-            found = ".".join(parts[: depth + 1])
-            listed = f"keys of {path}: {', '.join(names)}" if path else f"keys: {', '.join(names)}"
-            return f"{found} does not exist{did_you_mean(part, names)}; {listed}"
-        nested = _dataclass_of(group, part)
-        if nested is None:
-            return f"{key} does not exist; {'.'.join(parts[: depth + 1])} is a single value"
-        group = nested
-    return f"{key} does not exist"
-
-
-def omegaconf_message(error: OmegaConfBaseException) -> str:
-    """OmegaConf's first line, with the key that it speaks of."""
-    key = f"{error.full_key}: " if error.full_key else ""
-    return key + str(error).strip().split("\n")[0]
-
-
-def _dataclass_of(group: type, key: str) -> type | None:
-    """The dataclass that `key` of `group` holds (also where it may be None), or None for a plain value."""
-    annotation = get_type_hints(group)[key]
-    for candidate in (annotation, *(kind for kind in get_args(annotation) if kind is not NoneType)):
-        if isinstance(candidate, type) and is_dataclass(candidate):
-            return candidate
-    return None
-
-
-def _known_items(group: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` without the keys that `group` and the dataclasses in it do not have."""
-    known = {}
-    for item in fields(group):
-        if item.name not in values:
-            continue
-        value, nested = values[item.name], _dataclass_of(group, item.name)
-        known[item.name] = _known_items(nested, value) if nested and isinstance(value, Mapping) else value
-    return known
-
-
-def _unknown_keys(group: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    names = [item.name for item in fields(group)]
-    unknown = []
-    for key, value in values.items():
-        nested = _dataclass_of(group, key) if key in names else None
-        if key not in names:
-            unknown.append(prefix + key)
-        elif nested and isinstance(value, Mapping):
-            unknown += _unknown_keys(nested, value, f"{prefix}{key}.")
-    return unknown
-
-
-def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item, path)
-    else:
-        yield path, value

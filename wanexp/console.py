@@ -17,16 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from wanexp.config import RunConfig
-from wanexp.hardware.devices import Device
-from wanexp.planning.candidates import Candidate, Planned
-from wanexp.planning.layouts import BUYS
 from wanexp.planning.plan import Plan, is_lossy_run
 from wanexp.progress import ProgressReporter, show_progress
 from wanexp.record import Record
 from wanexp.workloads.sizes import forwards_per_step, guidance_of, num_tokens
 
 GIB = 1024**3
-ROOM_FOR_BUYS = 110  # columns of a terminal that show what a layout buys, too
 TRACEBACK_LINES = 15
 LABEL_WIDTH = 12  # of the left column of the card and the end table
 # Any other outcome is red.
@@ -59,11 +55,11 @@ class Console:
     """Writes to `file` (default: stdout), `width` columns wide (default: the terminal's, else 80)."""
 
     def __init__(self, file: IO[str] | None = None, width: int | None = None) -> None:
-        self._rich = rich.console.Console(file=file, width=width, highlight=False, markup=False, emoji=False)
+        self.rich = rich.console.Console(file=file, width=width, highlight=False, markup=False, emoji=False)
 
     def start_card(self, config: RunConfig, plan: Plan, *, weights: str, notes: Sequence[str] = ()) -> None:
         """What is about to run, and which device holds what. weights: "random" or the checkpoint's path."""
-        card = _facts()
+        card = facts()
         for name, value in _card_rows(config, plan, weights).items():
             card.add_row(name, value)
         for note in notes:
@@ -72,36 +68,36 @@ class Console:
         layout.add_row(card)
         layout.add_row("")
         layout.add_row(_placement_table(plan))
-        self._rich.print(Panel(layout, title="wanexp", title_align="left", expand=False, padding=(0, 1)))
+        self.rich.print(Panel(layout, title="wanexp", title_align="left", expand=False, padding=(0, 1)))
 
     def progress(self) -> AbstractContextManager[ProgressReporter]:
         """Progress over the phases of a run: one bar a phase in a terminal, else a line now and then."""
-        return show_progress(self._rich)
+        return show_progress(self.rich)
 
     def end_table(self, record: Record, path: Path | None = None) -> None:
         """How the run ended and what it measured; only what the record has. path: of the record."""
-        table = _facts()
+        table = facts()
         head = Text(record.outcome, style=f"bold {_style(record.outcome)}")
         table.add_row(
             "Outcome", head.append(f": {record.message}" if record.message else "", style="default")
         )
         for name, value in _result_rows(record).items():
             table.add_row(name, value)
-        self._rich.print()
-        self._rich.print(table)
+        self.rich.print()
+        self.rich.print(table)
         if (devices := _device_table(record.metrics)) is not None:
-            self._rich.print()
-            self._rich.print(devices)
-            self._rich.print()
+            self.rich.print()
+            self.rich.print(devices)
+            self.rich.print()
         if record.error and record.outcome not in ("finished", "skipped", "interrupted"):
             self._failure(record.error)
-        advice = _facts()
+        advice = facts()
         for warning in record.warnings:
             advice.add_row("Warning", Text(warning, style="yellow"))
         if hint := HINTS.get(record.outcome):
             advice.add_row("Hint", hint)
         if advice.rows:
-            self._rich.print(advice)
+            self.rich.print(advice)
         if path is not None:
             self._line(f"{'Record':<{LABEL_WIDTH}}  {path}")
 
@@ -126,7 +122,7 @@ class Console:
         }
         columns["parity"] = [_parity(record.metrics) or "" for record in records]
         on_gpus = any(record.effective.get("device_type") == "cuda" for record in records)
-        table = _table()
+        table = plain_table()
         table.add_column("run", overflow="fold", min_width=18)
         table.add_column("GPUs" if on_gpus else "devices", justify="right")
         table.add_column("outcome", no_wrap=True)
@@ -137,74 +133,20 @@ class Console:
             outcome = Text(record.outcome, style=_style(record.outcome))
             cells = (cells[index] for cells in shown.values())
             table.add_row(labels[index], str(counts[index] or ""), outcome, *cells)
-        self._rich.print()
-        self._rich.print(table)
+        self.rich.print()
+        self.rich.print(table)
         if "peak GiB" in shown:
-            self._rich.print("peak GiB: allocated on the fullest device")
+            self.rich.print("peak GiB: allocated on the fullest device")
         for label, count, record in zip(labels, counts, records, strict=True):
             if record.outcome != "finished" and record.message:
                 where = f"{label}, {count} device{'s' * (count != 1)}" if count else label
                 outcome = Text(record.outcome, style=_style(record.outcome))
-                self._rich.print(Text.assemble(f"{where}: ", outcome, f": {record.message}"))
-
-    def plan_table(
-        self, config: RunConfig, devices: Sequence[Device], planned: Planned, advice: str = ""
-    ) -> None:
-        """What the layouts would need (task=plan), the best first, and why others cannot run."""
-        names = ", ".join(dict.fromkeys(device.name for device in devices))
-        free = [device.free_bytes / GIB for device in devices]
-        memory = f"{min(free):.1f}" if max(free) - min(free) < 0.05 else f"{min(free):.1f} to {max(free):.1f}"
-        facts = _facts()
-        facts.add_row("Model", f"{config.model.name}, {config.precision.name}, {config.workload.name}")
-        facts.add_row("Video", f"{config.video.name}, {num_tokens(config.model, config.video):,} tokens")
-        facts.add_row("Devices", f"{len(devices)} x {names}, {memory} GiB free")
-        self._rich.print(facts)
-        self._rich.print()
-        shown = planned.digest()
-        columns = ["layout", "buys", "needs GiB", "step ms", "speed-up", "verdict"]
-        if self._rich.width < ROOM_FOR_BUYS:
-            columns.remove("buys")
-        table = _table()
-        for name in columns:
-            is_text = name in ("layout", "buys", "verdict")
-            table.add_column(
-                name,
-                justify="left" if is_text else "right",
-                no_wrap=name != "layout",
-                overflow="fold",
-                min_width=18 if name == "layout" else None,
-            )
-        for candidate in shown:
-            row = _plan_row(planned, candidate)
-            table.add_row(*(row[name] for name in columns))
-        self._rich.print(table)
-        self._rich.print()
-        for candidate in shown:
-            if candidate.rejection:
-                self._rich.print(f"{candidate.name}: {candidate.rejection}")
-        if left_out := len(planned.candidates) - len(shown):
-            self._rich.print(
-                f"Shown: the best of each mode, and of the products of several. {left_out} more layouts were weighed; "
-                "plan_json=true has all."
-            )
-        self._rich.print(
-            "needs GiB: predicted peak of the fullest GPU, CUDA context included. speed-up: over mode none; of "
-            "replicas in samples a second, one sample each."
-        )
-        winner = planned.winner
-        advices = _facts()
-        if winner:
-            advices.add_row(f"Best for {planned.objective}", winner.settings)
-        elif advice:
-            advices.add_row("Would fit", advice)
-        else:
-            advices.add_row("Nothing fits", "")
-        self._rich.print(advices)
+                self.rich.print(Text.assemble(f"{where}: ", outcome, f": {record.message}"))
 
     def _failure(self, error: Mapping[str, Any]) -> None:
         kind = f" ({error['type']})" if error.get("type") else ""
         who = "wanexp itself failed" if error.get("rank") is None else f"Rank {error['rank']} failed first"
-        self._rich.print(Text(f"{who}{kind}:", style="red"))
+        self.rich.print(Text(f"{who}{kind}:", style="red"))
         lines = str(error.get("traceback") or "").rstrip().splitlines()
         if len(lines) > TRACEBACK_LINES:
             self._line("  ... (all of it is in the record)")
@@ -212,22 +154,7 @@ class Console:
             self._line(f"  {line}")
 
     def _line(self, text: str) -> None:
-        self._rich.print(Text(text), soft_wrap=True)
-
-
-def _plan_row(planned: Planned, candidate: Candidate) -> dict[str, Text]:
-    needs = max((entry.needed / GIB for entry in candidate.memory), default=None)
-    time = candidate.time if candidate.time and candidate.time.is_known else None
-    speedup = planned.speedup(candidate)
-    verdict = "no" if candidate.rejection else "best" if candidate is planned.winner else "fits"
-    return {
-        "layout": Text(candidate.name),
-        "buys": Text(BUYS[candidate.parallelism.mode]),
-        "needs GiB": Text("" if needs is None else f"{needs:.1f}"),
-        "step ms": Text(f"{time.step_s * 1000:,.0f}" if time else "?"),
-        "speed-up": Text(f"{speedup:.2f}x" if speedup else "?"),
-        "verdict": Text(verdict, style="yellow" if candidate.rejection else "green"),
-    }
+        self.rich.print(Text(text), soft_wrap=True)
 
 
 def block_ranges(blocks: Sequence[int]) -> str:
@@ -267,8 +194,26 @@ def _card_rows(config: RunConfig, plan: Plan, weights: str) -> dict[str, str]:
         "Batch": f"{_plural(plan.batch_size, 'sample')}, {how}",
         "Mode": f"{plan.mode}: {plan.layout}, {_plural(len(plan.ranks), 'process', 'es')}",
         "Precision": f"{config.precision.dtype}{residual}{_lossy_text(config)}; attention {config.attention}",
+        **_offload_text(config, plan),
         "Devices": _devices_text(config, plan),
     }
+
+
+def _offload_text(config: RunConfig, plan: Plan) -> dict[str, str]:
+    """The row of the card that says what lives on the host; none where nothing does."""
+    if not plan.swapped:
+        return {}
+    away, total = len(plan.swapped), len(plan.block_owner)
+    return {"Offload": f"{away} of {total} blocks on the host, {config.offload.buffers} buffers a device"}
+
+
+def _kernels(effective: Mapping[str, Any]) -> str | None:
+    """Such as `attention fa3, sdpa_cudnn to the text; triton between the products`, as far as it is known."""
+    own, cross = effective.get("attention"), effective.get("cross_attention")
+    if own is None:
+        return None
+    text = f"attention {own}" + (f", {cross} to the text" if cross not in (None, own) else "")
+    return f"{text}; {effective['kernels']} between the products" if effective.get("kernels") else text
 
 
 def _lossy_text(config: RunConfig) -> str:
@@ -296,7 +241,7 @@ def _devices_text(config: RunConfig, plan: Plan) -> str:
 
 def _placement_table(plan: Plan) -> Table:
     """Device -> what it holds."""
-    table = _table()
+    table = plain_table()
     for name in ("device", "rank", "blocks", "samples", "weights GiB", "free GiB"):
         table.add_column(name, justify="left" if name in ("device", "blocks") else "right")
     for rank in plan.ranks:
@@ -331,7 +276,7 @@ def _result_rows(record: Record) -> dict[str, str]:
         ("throughput/frames_per_second", "frames/s"),
         ("throughput/tokens_per_second", "tokens/s"),
     )
-    rows["Attention"] = record.effective.get("attention") if rows["Throughput"] else None
+    rows["Kernels"] = _kernels(record.effective) if rows["Throughput"] else None
     rows["Loading"] = _joined(metrics, ("load/seconds", "s"), ("load/gib_per_second", "GiB/s"))
     rows["Energy"] = _joined(metrics, ("energy/joules_per_step", "J/step"))
     if (mfu := metrics.get("mfu")) is not None:
@@ -354,6 +299,11 @@ def _result_rows(record: Record) -> dict[str, str]:
     if sent:
         amounts = ", ".join(f"{axis} {_number(value * 1024)} MiB" for axis, value in sent.items())
         rows["Exchanged"] = f"{amounts} between devices a forward"
+    rows["Swapped"] = _joined(
+        metrics,
+        ("swap/gib_per_forward", "GiB from the host a forward"),
+        ("swap/stall_ms_per_step", "ms waited for it a step"),
+    )
     rss = {
         name.split("/")[1]: value
         for name, value in metrics.items()
@@ -379,7 +329,7 @@ def _device_table(metrics: Mapping[str, float]) -> Table | None:
     columns = {header: values for header, values in columns.items() if set(values) - {None}}
     if not columns:
         return None
-    table = _table()
+    table = plain_table()
     table.add_column("device")
     for header in columns:
         table.add_column(header, justify="right")
@@ -429,7 +379,7 @@ def _joined(metrics: Mapping[str, float], *parts: tuple[str, str]) -> str | None
     return ", ".join(f"{_number(metrics[name])} {unit}" for name, unit in parts if name in metrics) or None
 
 
-def _facts() -> Table:
+def facts() -> Table:
     """Two columns: what, and its value."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True, min_width=LABEL_WIDTH)
@@ -437,7 +387,7 @@ def _facts() -> Table:
     return table
 
 
-def _table() -> Table:
+def plain_table() -> Table:
     """Columns under a line, as narrow as can be."""
     return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
 

@@ -13,11 +13,10 @@ from wanexp.config import (
     LOAD_DEVICES,
     RunConfig,
     conf_dir,
-    did_you_mean,
     register,
     to_run_config,
-    unknown_choice_message,
 )
+from wanexp.config_keys import did_you_mean, unknown_choice_message
 from wanexp.errors import UserError
 from wanexp.wan.architecture import WanArchitecture
 

@@ -5,7 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from wanexp.config import DTYPES, HardwareConfig, unknown_choice_message
+from wanexp.config import DTYPES, HardwareConfig
+from wanexp.config_keys import unknown_choice_message
 from wanexp.errors import UserError
 from wanexp.hardware import nvml as nvml_tools
 from wanexp.hardware.devices import Device, cpu_name, find_devices

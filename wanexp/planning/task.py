@@ -12,11 +12,12 @@ from wanexp.config import RunConfig, conf_dir
 from wanexp.console import Console
 from wanexp.hardware.devices import Device, find_devices, select_devices
 from wanexp.hardware.profiles import profile_for
+from wanexp.plan_table import print_plan_table
 from wanexp.planning.advice import nearest_that_fits
 from wanexp.planning.planner import cap_memory, plan_layouts, profile_devices
 
 
-def print_plan(config: RunConfig, console: Console | None = None) -> None:
+def print_plan(config: RunConfig) -> None:
     """A table, or with plan_json=true a JSON document, on stdout. Raises UserError."""
     devices = devices_to_plan(config)
     profiles = [profile_for(config.hardware, device, conf_dir()) for device in devices]
@@ -25,7 +26,7 @@ def print_plan(config: RunConfig, console: Console | None = None) -> None:
     if config.plan_json:
         print(json.dumps(planned.summary() | {"advice": advice or None}, indent=1))
         return
-    (console or Console()).plan_table(config, devices, planned, advice)
+    print_plan_table(Console(), config, devices, planned, advice)
 
 
 def _is_named_machine(config: RunConfig) -> bool:

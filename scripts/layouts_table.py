@@ -1,0 +1,111 @@
+"""The table that bench_layouts.py writes: a row a run, beside the mean of mode none on each GPU. Reads records only."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from wanexp.record import Record
+
+Runs = Sequence[tuple[str, Record]]
+"""The name of its case, and the record, of each run."""
+
+
+def table_rows(runs: Runs) -> list[dict[str, Any]]:
+    """One row a run: step time, ratio to the mean of mode none, memory, use of each GPU, bytes sent, parity."""
+    return [
+        row
+        for case in dict.fromkeys(name for name, _ in runs)
+        for row in _case_rows([record for name, record in runs if name == case], case)
+    ]
+
+
+def _case_rows(mine: Sequence[Record], case: str) -> Iterator[dict[str, Any]]:
+    base = [
+        r.metrics["latency/step_ms"]
+        for r in mine
+        if r.effective["mode"] == "none" and "latency/step_ms" in r.metrics
+    ]
+    for record in mine:
+        metrics, labels = record.metrics, [device["label"] for device in record.effective["devices"]]
+        degrees = {name: degree for name, degree in record.plan["layout"].items() if degree > 1}
+        asked = record.requested["parallelism"]
+        placement = f", {asked['block_placement']}" if degrees.get("blocks") else ""
+        row: dict[str, Any] = {
+            "case": case,
+            "mode": record.effective["mode"] + placement,
+            "layout": " x ".join(f"{name}={degree}" for name, degree in degrees.items()) or "one GPU",
+            "outcome": record.outcome,
+        }
+        if "latency/step_ms" not in metrics or not base:
+            yield row | {"note": record.message}
+            continue
+        step, batch, mean = metrics["latency/step_ms"], metrics["setup/batch_size"], sum(base) / len(base)
+        sent = sum(value for name, value in metrics.items() if name.endswith("_gib_per_forward"))
+        yield row | {
+            "step ms": round(step, 1),
+            "speed-up": round(batch * mean / step, 3),
+            "samples": int(batch),
+            "peak GiB": " / ".join(
+                f"{metrics.get(f'memory/{label}/peak_allocated_gib', 0):.2f}" for label in labels
+            ),
+            "weights GiB": " / ".join(f"{metrics[f'memory/{label}/weights_gib']:.2f}" for label in labels),
+            "busy %": " / ".join(
+                f"{metrics.get(f'telemetry/{label}/utilization_percent', 0):.0f}" for label in labels
+            ),
+            "sent GiB a forward": round(sent, 3),
+            "parity": parity_words(metrics),
+            "predicted ms": round(metrics.get("plan/predicted_step_ms", 0), 1),
+            "predicted peak GiB": round(metrics.get("plan/predicted_peak_gib", 0), 2),
+        }
+
+
+def parity_words(metrics: dict[str, float]) -> str:
+    if "parity/bf16_to_fp32" in metrics:
+        return f"bf16 to fp32: {metrics['parity/bf16_to_fp32']:.1e}"
+    if metrics.get("parity/bit_equal"):
+        return "bit-equal"
+    return f"{metrics['parity/rel_l2']:.1e}" if "parity/rel_l2" in metrics else ""
+
+
+def write_table(runs: Runs, out: Path) -> None:
+    rows = table_rows(runs)
+    records = [record for _, record in runs]
+    headers = list(dict.fromkeys(name for row in rows for name in row))
+    first = next((record for record in records if record.environment.get("torch")), records[0])
+    torch, devices = first.environment.get("torch", {}), first.effective["devices"]
+    num_devices = len({device["index"] for record in records for device in record.effective["devices"]})
+    lines = [
+        f"# Every layout on {num_devices} x {devices[0]['name']}",
+        "",
+        f"Measured {first.started[:10]}; torch {torch.get('version')}, CUDA {torch.get('cuda')}, driver "
+        f"{first.environment.get('driver')}; precision {first.effective['precision']}, attention "
+        f"{first.effective['attention']}; random weights. Made by `python scripts/bench_layouts.py "
+        + " ".join(repr(word) if " " in word else word for word in sys.argv[1:])
+        + "`.",
+        "",
+        "Step: median of the timed steps after one for warm-up; two forwards (guidance). Speed-up: samples a second "
+        "over the mean of mode none on each GPU. Parity: worst relative L2 of the predicted flow against mode none's, "
+        "same kernels and shares of the batch; for none, of bf16 against fp32 over its first blocks.",
+        "",
+        "| " + " | ".join(headers) + " |",
+        "|" + " --- |" * len(headers),
+        *("| " + " | ".join(str(row.get(header, "")) for header in headers) + " |" for row in rows),
+        "",
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(lines))
+    kept = [
+        {
+            "overrides": record.overrides,
+            "outcome": record.outcome,
+            "message": record.message,
+            "layout": record.plan["layout"],
+            "metrics": record.metrics,
+            "samples": record.samples,
+            "warnings": record.warnings,
+        }
+        for record in records
+    ]
+    out.with_suffix(".json").write_text(json.dumps({"rows": rows, "runs": kept}, indent=1) + "\n")

@@ -1,0 +1,89 @@
+"""What `task=plan` prints: the layouts that were weighed, as a table."""
+
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from wanexp.config import RunConfig
+from wanexp.console import GIB, Console, facts, plain_table
+from wanexp.hardware.devices import Device
+from wanexp.planning.candidates import Candidate, Planned
+from wanexp.planning.layouts import BUYS
+from wanexp.workloads.sizes import num_tokens
+
+ROOM_FOR_BUYS = 110  # columns of a terminal that show what a layout buys, too
+
+
+def print_plan_table(
+    console: Console,
+    config: RunConfig,
+    devices: Sequence[Device],
+    planned: Planned,
+    advice: str = "",
+) -> None:
+    """What the layouts would need (task=plan), the best first, and why others cannot run."""
+    screen = console.rich
+    names = ", ".join(dict.fromkeys(device.name for device in devices))
+    free = [device.free_bytes / GIB for device in devices]
+    memory = f"{min(free):.1f}" if max(free) - min(free) < 0.05 else f"{min(free):.1f} to {max(free):.1f}"
+    described = facts()
+    described.add_row("Model", f"{config.model.name}, {config.precision.name}, {config.workload.name}")
+    described.add_row("Video", f"{config.video.name}, {num_tokens(config.model, config.video):,} tokens")
+    described.add_row("Devices", f"{len(devices)} x {names}, {memory} GiB free")
+    screen.print(described)
+    screen.print()
+    shown = planned.digest()
+    columns = ["layout", "buys", "needs GiB", "step ms", "speed-up", "verdict"]
+    if screen.width < ROOM_FOR_BUYS:
+        columns.remove("buys")
+    table = plain_table()
+    for name in columns:
+        is_text = name in ("layout", "buys", "verdict")
+        table.add_column(
+            name,
+            justify="left" if is_text else "right",
+            no_wrap=name != "layout",
+            overflow="fold",
+            min_width=18 if name == "layout" else None,
+        )
+    for candidate in shown:
+        row = _plan_row(planned, candidate)
+        table.add_row(*(row[name] for name in columns))
+    screen.print(table)
+    screen.print()
+    for candidate in shown:
+        if candidate.rejection:
+            screen.print(f"{candidate.name}: {candidate.rejection}")
+    if left_out := len(planned.candidates) - len(shown):
+        screen.print(
+            f"Shown: the best of each mode, and of the products of several. {left_out} more layouts were weighed; "
+            "plan_json=true has all."
+        )
+    screen.print(
+        "needs GiB: predicted peak of the fullest GPU, CUDA context included. speed-up: over mode none; of "
+        "replicas in samples a second, one sample each."
+    )
+    winner = planned.winner
+    advices = facts()
+    if winner:
+        advices.add_row(f"Best for {planned.objective}", winner.settings)
+    elif advice:
+        advices.add_row("Would fit", advice)
+    else:
+        advices.add_row("Nothing fits", "")
+    screen.print(advices)
+
+
+def _plan_row(planned: Planned, candidate: Candidate) -> dict[str, Text]:
+    needs = max((entry.needed / GIB for entry in candidate.memory), default=None)
+    time = candidate.time if candidate.time and candidate.time.is_known else None
+    speedup = planned.speedup(candidate)
+    verdict = "no" if candidate.rejection else "best" if candidate is planned.winner else "fits"
+    return {
+        "layout": Text(candidate.name),
+        "buys": Text(BUYS[candidate.parallelism.mode]),
+        "needs GiB": Text("" if needs is None else f"{needs:.1f}"),
+        "step ms": Text(f"{time.step_s * 1000:,.0f}" if time else "?"),
+        "speed-up": Text(f"{speedup:.2f}x" if speedup else "?"),
+        "verdict": Text(verdict, style="yellow" if candidate.rejection else "green"),
+    }
