@@ -48,6 +48,7 @@ OBJECTIVES = ("latency", "throughput", "memory")
 AUTO_MODE = "auto"  # the planner's choice; no layout has it
 ATTENTIONS = ("auto", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math", "fa3", "fa4", "fa3_fp8")
 KERNELS = ("auto", "triton", "torch")
+TRANSPORTS = ("auto", "copies", "collectives")
 LOAD_DEVICES = ("main_device", "offload_device")
 DEVICE_TYPES = ("auto", "cuda", "cpu")
 LINKS = ("nvlink", "pcie")
@@ -215,6 +216,9 @@ class RunConfig:
     gpus: list[int] | None = None  # torch device indices; None: one for mode none, all for the others
     attention: str = "auto"  # auto (the fastest that is installed), sdpa_*, fa3, fa4, or lossy fa3_fp8
     kernels: str = "auto"  # between the matrix products: auto, triton (fused), torch
+    transport: str = (
+        "auto"  # of Ulysses' exchanges and FSDP's gathers: auto, copies (copy engines), collectives
+    )
     ffn_chunks: int = 1  # runs of tokens that each FFN takes one after the other, to save memory
     seed: int = 0
     verify: str = "auto"  # auto, always, never: compare the answer with mode none
@@ -313,6 +317,7 @@ def _check(config: RunConfig) -> None:
         ("hardware.device_type", hardware.device_type, DEVICE_TYPES),
         ("attention", config.attention, ATTENTIONS),
         ("kernels", config.kernels, KERNELS),
+        ("transport", config.transport, TRANSPORTS),
         ("precision.linear", config.precision.linear, LINEARS),
         ("offload.load_device", config.offload.load_device, LOAD_DEVICES),
         ("verify", config.verify, VERIFY),

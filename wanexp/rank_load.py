@@ -131,6 +131,7 @@ class RankLoader:
             "cross_attention": cross_attention.kernel,
             "attention_probe": {"self": asdict(attention), "cross": asdict(cross_attention)},
             "kernels": kernels,
+            "transport": self.groups.transport,
             "linear": self.effective_linear(),
             "swapped_blocks": list(self.plan.swapped),
             "weights": [source.describe() for source in sources],

@@ -6,12 +6,14 @@ check links -> load weights -> warm-up -> measure -> leave the answer for the pa
 import contextlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from wanexp.errors import UserError
 from wanexp.events import EventLog
 from wanexp.hardware.devices import Device
 from wanexp.job import Job
@@ -32,7 +34,7 @@ from wanexp.measure.parity import (
 from wanexp.measure.timing import Stopwatch
 from wanexp.parallel.block_distribution import position_of
 from wanexp.parallel.data_parallel import gather_batch, scatter_batch
-from wanexp.parallel.groups import Groups, check_copies, check_links, open_layout_groups
+from wanexp.parallel.groups import Groups, check_copies, check_links, open_layout_groups, open_memories
 from wanexp.parallel.parallelize import ParallelModel
 from wanexp.planning.plan import DTYPE_BYTES, is_lossy_run
 from wanexp.rank_load import Loaded, RankLoader
@@ -89,11 +91,19 @@ class RankRun:
         if self.plan.layout.num_ranks > 1:
             groups = open_layout_groups(self.plan.layout, self.devices[0].type)
             links += check_links(groups, self.rank, self.devices[0])
+        if self.plan.transport == "copies":
+            groups = replace(groups, memories=open_memories(groups, self.devices[0], self.job.nodes))
+            if not groups.memories and self.config.transport == "copies":
+                raise UserError(
+                    "transport=copies cannot be had: a rank's log says what the driver refused; write transport=auto "
+                    "or transport=collectives"
+                )
         self.report["links"] = links
         return groups
 
     def load(self, groups: Groups) -> Loaded:
         """The experts, with this rank's part of the record."""
+        self.groups = groups
         loaded = RankLoader(self.job, self.rank, self.owned, self.devices, groups, self.events).load()
         self.stopwatch.synchronize()
         self.report |= {"load": loaded.report, "effective": loaded.effective}
@@ -183,7 +193,7 @@ class RankRun:
                 "stall_s": sum(swap.stall_s() for swap in loaded.swaps) / total,
             },
             "losses": workload.losses if isinstance(workload, Train) else [],
-            "memory": read_peaks(self.owned, self.devices, owned),
+            "memory": read_peaks(self.owned, self.devices, owned, peer_bytes=self.groups.peer_bytes),
             "weight_gib": [number / GIB for number in self.owned_bytes(loaded)],
             "peak_rss_gib": peak_rss_gib(),
         }

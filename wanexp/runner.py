@@ -328,6 +328,7 @@ def effective_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "mode": plan.mode,
         "layout": plan.layout.degrees(),
         "attention": None,
+        "transport": plan.transport,
         "precision": config.precision.name,
         "is_lossy": is_lossy_run(config),
         "residual": "float32" if config.precision.residual_fp32 else config.precision.dtype,

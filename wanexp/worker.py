@@ -21,6 +21,7 @@ from wanexp.errors import UserError
 from wanexp.events import EventLog, log_path
 from wanexp.hardware.devices import Device
 from wanexp.job import Job
+from wanexp.parallel.peer_memory import exchanges_begun
 from wanexp.planning.memory import context_bytes_of
 from wanexp.planning.plan import Plan
 from wanexp.planning.planner import context_bytes
@@ -152,7 +153,7 @@ def _answer_when_asked(events: EventLog, plan: Plan) -> None:
 
 def collectives_begun() -> dict[str, int]:
     """For each process group of this rank, named by its ranks, how many collectives this rank has begun in it."""
-    begun: dict[str, int] = {}
+    begun = exchanges_begun()
     groups: dict[Any, Any] = dist.distributed_c10d._world.pg_map if dist.is_initialized() else {}
     for group in list(groups):  # in the order of their making, which is the same on all ranks
         name = f"[{','.join(map(str, dist.get_process_group_ranks(group)))}]"

@@ -1,6 +1,7 @@
 """Context parallelism equals one device: the pure parts in this process, whole forwards on real gloo ranks."""
 
 import random
+import tempfile
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.parallel.ranks import on_ranks
+from tests.parallel.shared_memory import SharedMemory
 from wanexp.errors import LayoutError, UserError
 from wanexp.parallel import ring as ring_attention
 from wanexp.parallel.context_parallel import context_parallel
@@ -189,18 +191,22 @@ def mean_of_parts(out, lse, block_out, _block_lse):
     return (out + block_out) / 2, lse
 
 
-def run_cases(rank: int, world_size: int) -> dict[str, dict]:
+def run_cases(rank: int, world_size: int, folder: str | None = None) -> dict[str, dict]:
+    """folder: of memory that all ranks write to, to have copies carry the exchanges of Ulysses."""
     made: dict = {}
     results = {}
     for name, case in CASES[world_size].items():
         ulysses, ring_group = groups_of(rank, world_size, case.ulysses, case.ring, made)
+        memory = None
+        if folder is not None and ulysses is not None:
+            memory = made.setdefault(ulysses, SharedMemory(ulysses, folder))
         model = build(case, case.dtype)
         steps = [inputs(case, step) for step in range(2)]
         with torch.inference_mode(), first_blocks(model, case.blocks):
             plain = [model(**step) for step in steps]
             with first_blocks(full := build(case, torch.float32), case.blocks):
                 full_precision = [full(**step) for step in steps]
-        traffic = context_parallel(model, ulysses=ulysses, ring=ring_group)
+        traffic = context_parallel(model, ulysses=ulysses, ring=ring_group, memory=memory)
         if case.compiled:
             for block in model.blocks:
                 block.compile(backend="eager")
@@ -227,6 +233,12 @@ def by_rank(ranks: int) -> list[dict[str, dict]]:
     return on_ranks(ranks, run_cases, ranks)
 
 
+@cache
+def by_rank_with_copies(ranks: int) -> list[dict[str, dict]]:
+    with tempfile.TemporaryDirectory() as folder:
+        return on_ranks(ranks, run_cases, ranks, folder)
+
+
 # --- whole forwards ---
 
 
@@ -245,6 +257,13 @@ def test_equals_one_device(ranks, name):
         assert worst <= EXACT
     else:
         assert max(result["to_full"] for result in results) <= 2 * results[0]["plain_to_full"]
+
+
+@pytest.mark.parametrize(("ranks", "name"), [pair for pair in ALL if CASES[pair[0]][pair[1]].ulysses > 1])
+def test_copies_carry_the_same(ranks, name):
+    """By the memory of the other ranks: to the bit what the process group carries, and as many bytes."""
+    for of_group, of_copies in zip(by_rank(ranks), by_rank_with_copies(ranks), strict=True):
+        assert of_copies[name] == of_group[name]
 
 
 def bytes_by_rank(tokens, heads, head_dim, layers, ulysses, ring, element_size, batch, out_features):

@@ -1,6 +1,7 @@
 """FSDP is the unsharded model to the last digit, in inference and through steps of training."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.parallel.ranks import on_ranks
+from tests.parallel.shared_memory import SharedMemory
 from wanexp.parallel.fsdp import full_gradient, shard_with_fsdp
 from wanexp.parallel.loading import Loader
 from wanexp.parallel.shares import shard_part
@@ -71,10 +73,14 @@ def make_mesh(replicas: int):
     return init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def sharded(architecture: WanArchitecture, replicas: int, *, training: bool, dtype=torch.float32):
+def sharded(
+    architecture: WanArchitecture, replicas: int, *, training: bool, dtype=torch.float32, folder=None
+):
+    """folder: of memory that all ranks read from, to have copies gather the blocks."""
     model = build(architecture, dtype)
     mesh = make_mesh(replicas)
-    traffic = shard_with_fsdp(model, mesh, training=training)
+    memory = SharedMemory(mesh.get_group(mesh.ndim - 1), folder) if folder else None
+    traffic = shard_with_fsdp(model, mesh, training=training, memory=memory)
     world = dist.get_world_size()
     shards = world // replicas
     loader = Loader(
@@ -89,7 +95,7 @@ def sharded(architecture: WanArchitecture, replicas: int, *, training: bool, dty
     return model, traffic
 
 
-def inference(rank: int) -> dict:
+def inference(rank: int, folder: str | None = None) -> dict:
     """Largest difference to the plain model of every way in which a run calls it."""
     results = {}
     for label, arch, dtype in (
@@ -99,7 +105,10 @@ def inference(rank: int) -> dict:
     ):
         given = share(samples(arch, dist.get_world_size()), rank)
         whole = plain(arch, dtype=dtype)
-        model, traffic = sharded(arch, 1, training=False, dtype=dtype)
+        own_folder = None if folder is None else f"{folder}/{label}"
+        if own_folder is not None:
+            Path(own_folder).mkdir(exist_ok=True)
+        model, traffic = sharded(arch, 1, training=False, dtype=dtype, folder=own_folder)
         held = sum(local_tensor(parameter).numel() for parameter in model.parameters())
         with torch.inference_mode():
             context = model.embed_text(given["text"], given.get("clip_features"))  # before any forward
@@ -183,6 +192,15 @@ def autocast_training(rank: int) -> dict:
 
 def both(rank: int) -> dict:
     return {"inference": inference(rank), "training": training(rank), "autocast": autocast_training(rank)}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_copies_gather_the_same(world, tmp_path):
+    """Out of the memory of the other ranks, block after block, and nothing read before or after its time."""
+    for results in on_ranks(world, inference, str(tmp_path)):
+        differences = [value for (_, case), value in results.items() if case not in ("held", "bytes")]
+        assert len(differences) == 15
+        assert max(differences) <= 1e-6
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

@@ -84,6 +84,7 @@ FUSED = [
 def judged(model: str, *overrides: str, hardware: str = "2x_h200") -> Candidate:
     """On the plain path, at 480p, where the overrides do not say else."""
     plain = ("video=480p", f"hardware={hardware}", "kernels=torch", "attention=sdpa_cudnn")
+    plain += ("transport=collectives",)  # these runs had no other
     chosen = {override.partition("=")[0]: override for override in (*plain, *overrides)}
     config = composed(f"model=wan2.1_t2v_{model}", *chosen.values())
     devices = devices_to_plan(config)

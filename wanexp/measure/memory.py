@@ -27,17 +27,25 @@ def reset_peaks(devices: Sequence[torch.device]) -> None:
 
 
 def read_peaks(
-    devices: Sequence[Device], torch_devices: Sequence[torch.device], owned_bytes: Sequence[int]
+    devices: Sequence[Device],
+    torch_devices: Sequence[torch.device],
+    owned_bytes: Sequence[int],
+    *,
+    peer_bytes: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Peaks in GiB by device label. owned_bytes: what each device owns, used for logical CPU devices only."""
+    """Peaks in GiB by device label.
+
+    owned_bytes: what each device owns, used for logical CPU devices only. peer_bytes: on each device, in use throughout
+    and unknown to torch's allocator.
+    """
     if devices[0].type == "cpu":
         return {
             device.label: {"peak_allocated_gib": owned_bytes[i] / GIB} for i, device in enumerate(devices)
         }
     return {
         device.label: {
-            "peak_allocated_gib": torch.cuda.max_memory_allocated(torch_device) / GIB,
-            "peak_reserved_gib": torch.cuda.max_memory_reserved(torch_device) / GIB,
+            "peak_allocated_gib": (torch.cuda.max_memory_allocated(torch_device) + peer_bytes) / GIB,
+            "peak_reserved_gib": (torch.cuda.max_memory_reserved(torch_device) + peer_bytes) / GIB,
         }
         for device, torch_device in zip(devices, torch_devices, strict=True)
     }

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from wanexp.errors import UserError
+from wanexp.parallel.peer_memory import PeerMemory
 from wanexp.parallel.ring import attend_around_ring
 from wanexp.parallel.sequence_split import degree_of, gather_tokens, rank_in
 from wanexp.parallel.shares import head_shares, token_shares
@@ -32,7 +33,11 @@ BlockInputs = tuple[Tensor, Tensor, Tensor, Rope, Tensor | None]
 
 
 def context_parallel(
-    model: WanTransformer, *, ulysses: ProcessGroup | None, ring: ProcessGroup | None
+    model: WanTransformer,
+    *,
+    ulysses: ProcessGroup | None,
+    ring: ProcessGroup | None,
+    memory: PeerMemory | None = None,
 ) -> Traffic:
     """Split the tokens of every forward of `model` over the ranks of both groups; returns what counts the bytes sent.
 
@@ -42,12 +47,13 @@ def context_parallel(
     Args:
         ulysses: the ranks with this rank's ring rank, neighbours in token order; None for a degree of 1.
         ring: the ranks with this rank's Ulysses rank; None for a degree of 1.
+        memory: of the Ulysses group, to have copy engines carry its exchanges; None: the group itself does.
 
     Raises:
         LayoutError: more Ulysses ranks than heads; at the first forward, more ranks than tokens.
         UserError: a ring over attention that has no kernel name; at a forward, gradients that are switched on.
     """
-    split = _SplitForward(ulysses, ring)
+    split = _SplitForward(ulysses, ring, memory)
     head_shares(model.architecture.num_heads, split.num_ulysses)
     for index, block in enumerate(model.blocks):
         assert isinstance(block, WanBlock)
@@ -61,7 +67,9 @@ def context_parallel(
 class _SplitForward:
     """The hooks of a model, and the shares of the forward that is under way."""
 
-    def __init__(self, ulysses: ProcessGroup | None, ring: ProcessGroup | None) -> None:
+    def __init__(
+        self, ulysses: ProcessGroup | None, ring: ProcessGroup | None, memory: PeerMemory | None
+    ) -> None:
         self.traffic = Traffic()
         self.num_ulysses, self.num_ring = degree_of(ulysses), degree_of(ring)
         self.ulysses = ulysses if self.num_ulysses > 1 else None
@@ -71,7 +79,7 @@ class _SplitForward:
         self._own: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.exchange: Exchange | None = None
         if self.ulysses is not None:
-            self.exchange = Exchange(self.ulysses, lambda: self.group_shares, self.traffic)
+            self.exchange = Exchange(self.ulysses, lambda: self.group_shares, self.traffic, memory)
 
     def own(self, tensor: Tensor, axis: int) -> Tensor:
         """A view of this rank's tokens of a tensor that has all of them along `axis`."""

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from wanexp.parallel.layout import RANK_AXES, Layout
+from wanexp.parallel.peer_memory import PeerMemory, open_peer_memory
 from wanexp.parallel.traffic import ring_factor
 
 CHECK_BYTES = {"cuda": 64 * 2**20, "cpu": 2**20}  # of one collective: enough for a link to show its speed
@@ -19,10 +20,24 @@ CHECK_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups that this rank is in, by axis, and the mesh that weights are sharded over."""
+    """The groups that this rank is in, by axis, and the mesh that weights are sharded over.
+
+    memories: of the groups whose exchanges copy engines carry (`transport.py`), by axis.
+    """
 
     by_axis: dict[str, ProcessGroup] = field(default_factory=dict)
     shard_mesh: DeviceMesh | None = None
+    memories: dict[str, PeerMemory] = field(default_factory=dict)
+
+    @property
+    def transport(self) -> str:
+        """What carries the exchanges of `ulysses` and `shard`."""
+        return "copies" if self.memories else "collectives"
+
+    @property
+    def peer_bytes(self) -> int:
+        """What the memories take of this rank's device, which torch's allocator knows nothing of."""
+        return sum(memory.num_bytes for memory in self.memories.values())
 
     def get(self, axis: str) -> ProcessGroup | None:
         """The group along `axis`; None where its degree is 1."""
@@ -58,6 +73,26 @@ def open_layout_groups(layout: Layout, device_type: str) -> Groups:
                 device_type, ranks.view(-1, layout.shard), mesh_dim_names=("replicate", "shard")
             )
     return Groups(groups, mesh)
+
+
+def open_memories(
+    groups: Groups, device: torch.device, nodes: Sequence[Sequence[int]] | None = None
+) -> dict[str, PeerMemory]:
+    """The peer memory of the groups that can use it; none, on all ranks, where one rank cannot have it.
+
+    nodes: the ranks of each machine; None for one machine. A group that goes across has none.
+    """
+    of_axis = {
+        axis: group
+        for axis, group in groups.all().items()
+        if axis in ("ulysses", "shard") and _stays_inside(dist.get_process_group_ranks(group), nodes)
+    }
+    opened = open_peer_memory(list(of_axis.values()), device)
+    return {} if opened is None else dict(zip(of_axis, opened, strict=True))
+
+
+def _stays_inside(ranks: Sequence[int], nodes: Sequence[Sequence[int]] | None) -> bool:
+    return nodes is None or any(set(ranks) <= set(node) for node in nodes)
 
 
 def check_links(groups: Groups, rank: int, device: torch.device) -> list[dict[str, Any]]:

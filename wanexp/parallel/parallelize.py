@@ -41,7 +41,8 @@ def divide_weights(model: WanTransformer, plan: Plan, groups: Groups, *, trainin
     if (group := groups.get("tp")) is not None:
         traffic["tp"] = tensor_parallel(model, group)
     if groups.shard_mesh is not None:
-        traffic["shard"] = shard_with_fsdp(model, groups.shard_mesh, training=training)
+        memory = groups.memories.get("shard")
+        traffic["shard"] = shard_with_fsdp(model, groups.shard_mesh, training=training, memory=memory)
     return traffic
 
 
@@ -64,7 +65,8 @@ def parallelize_wan(
     forwards = one_after_another(model)
     ulysses, ring = groups.get("ulysses"), groups.get("ring")
     if ulysses is not None or ring is not None:
-        traffic["context"] = context_parallel(model, ulysses=ulysses, ring=ring)
+        memory = groups.memories.get("ulysses")
+        traffic["context"] = context_parallel(model, ulysses=ulysses, ring=ring, memory=memory)
     if plan.layout.blocks > 1:
         seams = distribute_blocks(model, block_owner=plan.block_owner, devices=devices)
         traffic["blocks"] = seams

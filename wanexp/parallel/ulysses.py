@@ -8,46 +8,77 @@
 only. Head shares may differ by one, so any number of heads will do down to one a rank. In the send buffer the tokens of
 a chunk come first, [tokens, batch, heads, head_dim]: chunks of uneven length then join up to views that kernels take as
 they are. One copy packs each, one puts o together.
+
+What carries an all-to-all is the process group or, between GPUs that reach each other's memory, copy engines. With
+these each of v, k, q and o has a place in the memory of every rank, and is written there without asking: who has got
+the o of all ranks knows that all have read their v, k and q, and who has got the q of all that all have read their o.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import cycle, groupby
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from wanexp.parallel.peer_memory import ALIGNMENT, PeerMemory
 from wanexp.parallel.shares import head_shares
 from wanexp.parallel.traffic import Traffic
 from wanexp.wan.attention import AttentionFunction
+
+PLACES = 4  # v, k, q and o, which take turns in this order
+
+
+class Carrier(Protocol):
+    """What carries the all-to-alls of a group."""
+
+    def start(self, packed: Tensor, sizes: "Sizes") -> "Sent":
+        """Begin to send each rank its chunk of `packed`, flat."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of one all-to-all. packed, received: of the chunk for, and from, each rank.
+
+    starts: where this rank's chunk begins in what each rank receives. largest: the most that a rank receives in any of
+    the all-to-alls of an attention, the same number on all ranks.
+    """
+
+    packed: list[int]
+    received: list[int]
+    starts: list[int]
+    largest: int
 
 
 class Exchange:
     """The all-to-alls of one model's self-attentions over `group`.
 
-    tokens: how many each rank holds, of the forward that is under way.
+    tokens: how many each rank holds, of the forward that is under way. memory: to have copy engines carry them.
     """
 
-    def __init__(self, group: ProcessGroup, tokens: Callable[[], Sequence[int]], traffic: Traffic) -> None:
-        self.group = group
+    def __init__(
+        self,
+        group: ProcessGroup,
+        tokens: Callable[[], Sequence[int]],
+        traffic: Traffic,
+        memory: PeerMemory | None = None,
+    ) -> None:
         self.rank = dist.get_rank(group)
         self.tokens = tokens
         self.traffic = traffic
+        self.carrier: Carrier = Collectives(group) if memory is None else Copies(memory)
 
     def send(self, x: Tensor) -> "Sent":
         """Start to give each rank its heads of `x` [batch, own tokens, heads, head_dim], and take mine of all."""
-        batch, own_tokens, num_heads, head_dim = x.shape
+        batch, _, num_heads, head_dim = x.shape
         tokens = self.tokens()
         heads = head_shares(num_heads, len(tokens))
-        row, own_heads = batch * head_dim, heads[self.rank]  # elements of one head of one token
-        sent = self._all_to_all(
-            pack_heads(x, heads),
-            [row * share * own_heads for share in tokens],
-            [row * own_tokens * share for share in heads],
-        )
-        sent.shape = (-1, batch, own_heads, head_dim)
+        sent = self._start(pack_heads(x, heads), batch * head_dim, tokens, heads)
+        sent.shape = (-1, batch, heads[self.rank], head_dim)
         return sent
 
     def attend(self, attend: AttentionFunction, q: Tensor, k: "Sent", v: "Sent") -> Tensor:
@@ -55,28 +86,67 @@ class Exchange:
 
         `attend` gets [batch, all tokens, own heads, head_dim].
         """
-        batch, own_tokens, num_heads, head_dim = q.shape
+        batch, _, num_heads, head_dim = q.shape
         tokens = self.tokens()
         heads = head_shares(num_heads, len(tokens))
         sent = self.send(q)
         out = attend(sent.wait(), k.wait(), v.wait())
         # Kernels lay their result out as q, tokens first: here nothing is copied.
         packed = out.transpose(0, 1).contiguous().flatten()
-        row = batch * head_dim
-        sent = self._all_to_all(
-            packed,
-            [row * own_tokens * share for share in heads],
-            [row * share * heads[self.rank] for share in tokens],
-        )
+        sent = self._start(packed, batch * head_dim, heads, tokens)
         return join_heads(sent.wait(), batch, heads, head_dim)
 
-    def _all_to_all(self, packed: Tensor, received_sizes: list[int], packed_sizes: list[int]) -> "Sent":
-        received = packed.new_empty(sum(received_sizes))
-        work = dist.all_to_all_single(
-            received, packed, received_sizes, packed_sizes, group=self.group, async_op=True
+    def _start(self, packed: Tensor, row: int, mine: Sequence[int], theirs: Sequence[int]) -> "Sent":
+        """From my share of `mine` (tokens, or heads back again) and all of `theirs` to all of `mine`, mine of `theirs`.
+
+        row: elements of one head of one token.
+        """
+        before, own, given = sum(mine[: self.rank]), mine[self.rank], theirs[self.rank]
+        sizes = Sizes(
+            packed=[row * own * share for share in theirs],
+            received=[row * share * given for share in mine],
+            starts=[row * before * share for share in theirs],
+            largest=row * max(sum(mine) * max(theirs), max(mine) * sum(theirs)),
         )
-        self.traffic.num_bytes += packed.nbytes - packed_sizes[self.rank] * packed.element_size()
-        return Sent(received, packed, work)
+        self.traffic.num_bytes += packed.nbytes - sizes.packed[self.rank] * packed.element_size()
+        return self.carrier.start(packed, sizes)
+
+
+class Collectives:
+    """all_to_all of the process group."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+
+    def start(self, packed: Tensor, sizes: Sizes) -> "Sent":
+        received = packed.new_empty(sum(sizes.received))
+        work = dist.all_to_all_single(
+            received, packed, sizes.received, sizes.packed, group=self.group, async_op=True
+        )
+        return Sent(received, packed, work.wait)
+
+
+class Copies:
+    """Each chunk copied to its place in the memory of the rank that it is for."""
+
+    def __init__(self, memory: PeerMemory) -> None:
+        self.memory = memory
+        self._turns = cycle(range(PLACES))
+
+    def start(self, packed: Tensor, sizes: Sizes) -> "Sent":
+        memory, turn, element = self.memory, next(self._turns), packed.element_size()
+        place = -(-sizes.largest * element // ALIGNMENT) * ALIGNMENT
+        memory.reserve(PLACES * place)
+        begin = turn * (
+            memory.num_bytes // PLACES
+        )  # not of `place`: those of a smaller forward stay where they were
+        chunks = packed.split(sizes.packed)
+        parts = {rank: (begin + sizes.starts[rank] * element, chunks[rank]) for rank in memory.others}
+        arrive = memory.exchange(parts, channel=turn)
+        received = memory.place(memory.rank, begin, sum(sizes.received), packed.dtype)
+        own, start = chunks[memory.rank], sizes.starts[memory.rank]
+        received[start : start + len(own)].copy_(own)  # beside the copies to the others
+        return Sent(received, packed, arrive)
 
 
 @dataclass
@@ -85,12 +155,12 @@ class Sent:
 
     received: Tensor
     packed: Tensor | None
-    work: dist.Work
+    arrive: Callable[[], object]
     shape: tuple[int, ...] = (-1,)  # [all tokens, batch, own heads, head_dim]
 
     def wait(self) -> Tensor:
         """What arrived: flat, or as a view [batch, all tokens, own heads, head_dim]."""
-        self.work.wait()
+        self.arrive()
         self.packed = None
         return self.received if len(self.shape) == 1 else self.received.view(self.shape).transpose(0, 1)
 

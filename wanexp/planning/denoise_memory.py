@@ -4,6 +4,7 @@ Beside the blocks' own tensors, with U = [batch, own tokens, dim] in the compute
 
     ring, ulysses   tokens are divided for blocks and head; the first block's input, latent and RoPE tables are whole
                     ulysses: v and k are on their way (packed and received) while q is turned        + 2 U
+                    (copy engines: what is received has its places, for good                         + 4 U)
                     ring:    two blocks of k and v, two results and their fp32 merging               + 6 U (7 U above 2)
     tp              the FFN's columns are divided; where kernels are fused, q, k and v too
     shard           the weights outside of the blocks, and 3 P: the block in use, the buffer it was gathered in (FSDP2
@@ -20,7 +21,7 @@ from wanexp.parallel.pipeline import Stage, stages_of, wavefront
 from wanexp.planning import activations, fused_activations
 from wanexp.planning.activations import Sizes
 from wanexp.planning.block_work import kernels_of
-from wanexp.planning.exchanges import attended
+from wanexp.planning.exchanges import attended, place_bytes
 from wanexp.planning.heap import Heap
 from wanexp.planning.plan import Plan, RankPlan
 from wanexp.planning.sizes import input_bytes, share_of, sizes_of
@@ -47,7 +48,9 @@ def denoise_heap(config: RunConfig, plan: Plan, rank: RankPlan, position: int) -
     forwards = forwards_per_step(config) // plan.layout.cfg
     is_fused = kernels_of(config, plan.devices[rank.devices[position]]).is_fused
     whole = sizes_of(config, 1) if plan.is_pipelined else samples
-    forward = Forward(heap, config, whole, plan.layout, is_fused=is_fused)
+    copies = plan.transport == "copies"
+    heap.new(place_bytes(own, plan.layout) if copies else 0)
+    forward = Forward(heap, config, whole, plan.layout, is_fused=is_fused, copies=copies)
     if plan.is_pipelined:
         stages = stages_of(plan.block_owner, len(plan.block_owner))
         _pipelined(forward, stages, position, forwards * rank.num_samples)
@@ -60,9 +63,10 @@ class Forward:
     """The parts of one forward on a heap. Tensors are numbers, as of `Heap`."""
 
     def __init__(
-        self, heap: Heap, config: RunConfig, whole: Sizes, layout: Layout, *, is_fused: bool
+        self, heap: Heap, config: RunConfig, whole: Sizes, layout: Layout, *, is_fused: bool, copies: bool
     ) -> None:
         self.heap, self.whole, self.layout, self.is_fused = heap, whole, layout, is_fused
+        self.copies = copies
         self.own = share_of(whole, layout)
         self.materialises_scores = config.attention == "sdpa_math"
 
@@ -85,13 +89,14 @@ class Forward:
                 self.own,
                 hidden,
                 layout=self.layout,
+                copies=self.copies,
                 first=first,
                 materialises_scores=self.materialises_scores,
             )
         if self.layout.ulysses > 1 or self.layout.ring > 1:
             # Self-attention once more, with what travels
             normed = self.heap.new(self.own.hidden)
-            self.heap.free(normed, attended(self.heap, self.own, self.layout))
+            self.heap.free(normed, attended(self.heap, self.own, self.layout, copies=self.copies))
         return activations.block(
             self.heap, self.own, hidden, first=first, materialises_scores=self.materialises_scores
         )

@@ -23,10 +23,16 @@ def met_bytes(s: Sizes, layout: Layout) -> int:
     return s.batch * s.tokens * layout.ulysses * heads * s.arch.head_dim * s.compute
 
 
-def attended(heap: Heap, s: Sizes, layout: Layout, normed: int = 0) -> int:
+def place_bytes(s: Sizes, layout: Layout) -> int:
+    """The memory that copy engines of other ranks write v, k, q and o to, for good; 0 where there is none."""
+    return 4 * max(own_bytes(s, layout), met_bytes(s, layout)) if layout.ulysses > 1 else 0
+
+
+def attended(heap: Heap, s: Sizes, layout: Layout, normed: int = 0, *, copies: bool = False) -> int:
     """From the normed tensor to what was attended, ahead of the last projection.
 
-    normed: on the fused path, which lets it go once q is there; 0 on the plain path.
+    normed: on the fused path, which lets it go once q is there; 0 on the plain path. copies: what arrives has its place
+    (`place_bytes`).
     """
     own, met = own_bytes(s, layout), met_bytes(s, layout)
     kept, packed = [], []
@@ -37,7 +43,7 @@ def attended(heap: Heap, s: Sizes, layout: Layout, normed: int = 0) -> int:
             heap.free(normed)
         if layout.ulysses > 1:
             packed.append(heap.new(own))
-            kept.append(heap.new(met))
+            kept.append(heap.new(0 if copies else met))
         if layout.ulysses > 1 and name != "q":
             heap.free(x)
         else:
@@ -45,7 +51,7 @@ def attended(heap: Heap, s: Sizes, layout: Layout, normed: int = 0) -> int:
     heap.free(*packed)
     out = _around_ring(heap, met, layout, fp32=met * 4 // s.compute) if layout.ring > 1 else heap.new(met)
     if layout.ulysses > 1:
-        returned, joined = heap.new(own), heap.new(own)
+        returned, joined = heap.new(0 if copies else own), heap.new(own)
         heap.free(returned, out)
         out = joined
     heap.free(*kept)

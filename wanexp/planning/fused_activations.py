@@ -28,12 +28,14 @@ def block(
     hidden: int,
     *,
     layout: Layout = WHOLE,
+    copies: bool = False,
     first: bool = False,
     materialises_scores: bool = False,
 ) -> int:
     """One block of a rank whose share is `s`: the next hidden states, in the memory of `hidden` where they can be.
 
-    first: right after the embedding, whose hidden states are those of all tokens, in the compute dtype.
+    first: right after the embedding, whose hidden states are those of all tokens, in the compute dtype. copies: of
+    `attended`.
     """
     vectors = heap.new(s.modulation)
     x = hidden
@@ -44,18 +46,20 @@ def block(
     dense = heap.new(s.stream if is_strided else 0)
     normed = heap.new(s.hidden)
     heap.free(dense)
-    update = self_attention(heap, s, normed, layout, materialises_scores)
+    update = self_attention(heap, s, normed, layout, materialises_scores, copies=copies)
     x = heap.new(s.stream) if is_strided else x
     update = feed_forward(heap, s, cross_attention(heap, s, update, layout))
     heap.free(update, vectors, hidden if x != hidden else 0)
     return x
 
 
-def self_attention(heap: Heap, s: Sizes, normed: int, layout: Layout, materialises_scores: bool) -> int:
+def self_attention(
+    heap: Heap, s: Sizes, normed: int, layout: Layout, materialises_scores: bool, *, copies: bool = False
+) -> int:
     if materialises_scores:  # beside q, k and v, for one of which stands normed
         scores = [heap.new(4 * s.batch * s.arch.num_heads * s.tokens**2) for _ in range(2)]
         heap.free(*scores, heap.new(own_bytes(s, layout)), heap.new(own_bytes(s, layout)))
-    met = attended(heap, s, layout, normed)
+    met = attended(heap, s, layout, normed, copies=copies)
     out = heap.new(s.hidden)
     heap.free(met)
     return out

@@ -23,6 +23,7 @@ from wanexp.parallel.shares import (
     heads_of_ranks,
     part_of_rank,
 )
+from wanexp.parallel.transport import choose_transport
 from wanexp.workloads.sizes import guidance_of, num_tokens
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -47,6 +48,7 @@ class Plan:
     weight_bytes: weights on each device of `devices`, in their storage precision.
     is_pipelined: the devices of a rank work at the same time, on forwards of one sample each.
     swapped: the blocks whose home is the host, on every rank.
+    transport: what carries the exchanges of ulysses and shard, as of `choose_transport`.
     """
 
     mode: str
@@ -58,6 +60,7 @@ class Plan:
     weight_bytes: tuple[int, ...]
     is_pipelined: bool = False
     swapped: tuple[int, ...] = ()
+    transport: str = "collectives"
 
     @property
     def device_type(self) -> str:
@@ -132,6 +135,9 @@ def make_plan(config: RunConfig, devices: Sequence[Device]) -> Plan:
         weight_bytes=_weight_bytes(config, layout, ranks, block_owner, swapped, len(devices)),
         is_pipelined=layout.blocks > 1 and config.parallelism.pipeline and config.workload.name == "denoise",
         swapped=swapped,
+        transport=choose_transport(
+            config.transport, layout, devices, training=config.workload.name == "train"
+        ),
     )
 
 

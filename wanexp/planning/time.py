@@ -141,8 +141,13 @@ def block_seconds(
     rates: Rates,
     layout: Layout = Layout(),  # noqa: B008  # immutable
     kernels: Kernels = Kernels(),  # noqa: B008
+    *,
+    copies: bool = False,
 ) -> float:
-    """One block's forward on one GPU of `layout`, exchanges included; never faster than its launches."""
+    """One block's forward on one GPU of `layout`, exchanges included; never faster than its launches.
+
+    copies: copy engines carry the exchanges of ulysses and shard, which NCCL does else.
+    """
     gemm, attention = block_flops(s)
     tokens, shares = layout.ring * layout.ulysses, layout.ring * layout.ulysses * layout.tp
     gemm_s = gemm / rates.gemm / kernels.linear_speed / shares
@@ -150,12 +155,13 @@ def block_seconds(
     compute_s = gemm_s + attention_s + _elementwise_seconds(s, rates, layout, kernels)
     compute_s = max(compute_s, BLOCK_KERNELS * rates.launch_s)
     part = s.hidden / tokens  # of hidden states on a rank, in bytes
+    carried, taken = (rates.link, 0.0) if copies else (rates.collective, rates.nccl_share)
     if layout.ulysses > 1:
         query_s = 2 * s.batch * s.tokens * s.arch.dim**2 / rates.gemm / kernels.linear_speed / shares
         sent = part / layout.tp * (layout.ulysses - 1) / layout.ulysses
-        one_s = sent / rates.collective + rates.latency_s
+        one_s = sent / carried + rates.latency_s
         # v and k travel beside the products of k and q; q and the result are waited for.
-        compute_s += waited_for(2 * one_s, 2 * query_s, rates.nccl_share) + 2 * one_s
+        compute_s += waited_for(2 * one_s, 2 * query_s, taken) + 2 * one_s
     if layout.ring > 1:  # each step's transfer beside its share of the attention
         passed_on = 2 * part / layout.tp / rates.collective + rates.latency_s
         compute_s += (layout.ring - 1) * waited_for(passed_on, attention_s / layout.ring, rates.nccl_share)
@@ -163,9 +169,9 @@ def block_seconds(
         compute_s += 3 * part * ring_factor(layout.tp) / rates.collective + 6 * rates.latency_s
     if layout.shard > 1:  # the next block is gathered beside this one
         weights = s.compute * s.arch.num_block_parameters()
-        gather_s = weights * (layout.shard - 1) / layout.shard / rates.collective + rates.latency_s
+        gather_s = weights * (layout.shard - 1) / layout.shard / carried + rates.latency_s
         compute_s += FSDP_COPY_FACTOR * weights / rates.memory
-        compute_s += waited_for(gather_s, compute_s, rates.nccl_share)
+        compute_s += waited_for(gather_s, compute_s, taken)
     return compute_s
 
 
@@ -236,8 +242,10 @@ def _rank_step(config: RunConfig, plan: Plan, rank: RankPlan, rates: Sequence[Ra
         kernels_of(config, plan.devices[device], rates[device].attention_kernel) for device in rank.devices
     ]
     stages = stages_of(plan.block_owner, len(plan.block_owner))
+    copies = plan.transport == "copies"
     block_s = [
-        block_seconds(sizes, *pair) for pair in zip(owned, [plan.layout] * len(owned), kernels, strict=True)
+        block_seconds(sizes, rate, plan.layout, kernel, copies=copies)
+        for rate, kernel in zip(owned, kernels, strict=True)
     ]
     stage_s = [(stage.stop - stage.start) * block_s[stage.position] for stage in stages]
     stage_s[0] += outer_seconds(sizes, owned[plan.block_owner[0]])

@@ -1,0 +1,101 @@
+"""What carries exchanges is decided without a device; peer memory itself needs two GPUs."""
+
+import pytest
+import torch
+
+from tests.planning.test_planner import composed
+from wanexp.errors import UserError
+from wanexp.hardware.devices import Device
+from wanexp.parallel.layout import Layout
+from wanexp.parallel.transport import choose_transport
+from wanexp.planning.memory import predict_memory
+from wanexp.planning.plan import make_plan
+from wanexp.planning.task import devices_to_plan
+
+
+def gpus(count: int, *, apart: bool = False) -> list[Device]:
+    device = devices_to_plan(composed("model=tiny", "hardware=2x_h200"))[0]
+    indices = range(count)
+    return [
+        Device(
+            **{
+                **device.__dict__,
+                "index": index,
+                "peers": () if apart else tuple(i for i in indices if i != index),
+            }
+        )
+        for index in indices
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        (Layout(ulysses=2), "copies"),
+        (Layout(cfg=2, ulysses=2), "copies"),
+        (Layout(dp=2, shard=2), "copies"),
+        (Layout(ring=2), "collectives"),
+        (Layout(tp=2), "collectives"),
+        (Layout(), "collectives"),
+    ],
+)
+def test_auto(layout, expected):
+    assert choose_transport("auto", layout, gpus(layout.num_devices), training=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("layout", "devices", "training", "words"),
+    [
+        (Layout(ring=2), gpus(2), False, "neither ulysses nor shard"),
+        (Layout(dp=2, shard=2), gpus(2), True, "serve inference, found workload=train"),
+        (Layout(ulysses=2), gpus(2, apart=True), False, "gpu0 cannot reach the memory of gpu1 (P2P)"),
+    ],
+)
+def test_where_copies_cannot_be_had(layout, devices, training, words):
+    assert choose_transport("auto", layout, devices, training=training) == "collectives"
+    with pytest.raises(UserError) as caught:
+        choose_transport("copies", layout, devices, training=training)
+    assert words in str(caught.value)
+    assert "write transport=auto or collectives" in str(caught.value)
+
+
+def test_groups_apart_from_each_other_are_enough():
+    """Two Ulysses groups on two pairs of GPUs that only reach each other inside the pair."""
+    devices = [Device(**{**device.__dict__, "peers": (device.index ^ 1,)}) for device in gpus(4)]
+    assert choose_transport("auto", Layout(cfg=2, ulysses=2), devices, training=False) == "copies"
+    assert choose_transport("auto", Layout(ulysses=4), devices, training=False) == "collectives"
+
+
+def test_logical_devices_have_the_process_group():
+    config = composed("model=tiny", "parallelism=context_parallel", "hardware=cpu", "gpus=[0,1]")
+    assert make_plan(config, devices_to_plan(config)[:2]).transport == "collectives"
+
+
+def test_the_places_of_copies_are_planned():
+    """v, k, q and o of 14B at 480p: half of the tokens each, 160 MiB."""
+    needed = {}
+    for transport in ("copies", "collectives"):
+        config = composed(
+            "model=wan2.1_t2v_14b",
+            "video=480p",
+            "parallelism=context_parallel",
+            "hardware=2x_h200",
+            f"transport={transport}",
+        )
+        plan = make_plan(config, devices_to_plan(config))
+        assert plan.transport == transport
+        needed[transport] = predict_memory(config, plan)[0].allocated
+    places = 4 * 16380 * 5120 * 2
+    assert 0 < needed["copies"] - needed["collectives"] <= places
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_peer_memory_between_gpus():
+    """Exchanges of many sizes in a row, each checked against all_to_all of the process group."""
+    from tests.parallel.gpu_ranks import exchange_on_gpus
+
+    for differences in exchange_on_gpus(2):
+        assert differences == [0.0] * len(differences)
+        assert len(differences) >= 8

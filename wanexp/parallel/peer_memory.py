@@ -1,0 +1,139 @@
+"""Memory of each rank of a group that the others write to and read from by the copy engines of their GPUs.
+
+    rank a: a tensor --copy engine--> its place in b's memory, then a flag for b
+    rank b: waits for the flag on its own stream, and has the tensor
+
+No multiprocessor moves the bytes, so that what is computed meanwhile keeps all of them. The memory is PyTorch's
+symmetric memory: peer access over NVLink or PCIe between the processes of one machine.
+
+A flag acknowledges nothing. Whoever writes to a place a second time must know, from something that it got since, that
+its owner is done with what was there; how, those who use this say (`ulysses.py`, `fsdp.py`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+ALIGNMENT = 512  # bytes, of the places in it
+
+_opened: list["PeerMemory"] = []
+
+
+class PeerMemory:
+    """The memory of this rank and its view of the others'. Made, and reserved, by all ranks of `group` together.
+
+    num_bytes: on each rank. num_begun: exchanges and meetings that this rank has begun; who lags behind the others of
+    its group in this holds them up.
+    """
+
+    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+        self.group, self.device = group, device
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._copying = torch.cuda.Stream(device)
+        self.num_bytes = 0
+        self.num_begun = 0
+        self._of_ranks: list[Tensor] = []
+        self._raised = torch.ones(1, dtype=torch.int32, device=device)
+        _opened.append(self)
+
+    @property
+    def others(self) -> list[int]:
+        """Ranks of the group, those after this one first, so that not all write to the same."""
+        return [(self.rank + step) % self.size for step in range(1, self.size)]
+
+    @torch.inference_mode(False)  # memory made within it could not be written to without
+    def reserve(self, num_bytes: int) -> None:
+        """Have `num_bytes` on every rank, at least; what was there is lost where that takes new memory.
+
+        Raises what the driver raises where a rank cannot reach another one's memory.
+        """
+        if num_bytes <= self.num_bytes:
+            return
+        # Nobody may still be writing to what is given up here.
+        dist.all_reduce(self._raised.clone(), group=self.group)
+        torch.cuda.synchronize(self.device)
+        self._of_ranks = []
+        self._own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        self._handle = symmetric_memory.rendezvous(self._own, self.group)
+        self._of_ranks = [
+            self._own if rank == self.rank else self._handle.get_buffer(rank, (num_bytes,), torch.uint8)
+            for rank in range(self.size)
+        ]
+        self.num_bytes = num_bytes
+
+    def place(self, rank: int, start: int, num_elements: int, dtype: torch.dtype) -> Tensor:
+        """A flat view of `num_elements` in the memory of `rank`, from byte `start` on, a multiple of ALIGNMENT."""
+        return self._of_ranks[rank].narrow(0, start, num_elements * dtype.itemsize).view(dtype)
+
+    def exchange(self, parts: Mapping[int, tuple[int, Tensor]], channel: int) -> Callable[[], None]:
+        """Begin to copy to each other rank its part: (the byte where it belongs, a flat tensor).
+
+        What is returned has the current stream wait until the parts of all others have arrived here, and until those
+        of this rank, which must live as long, have left. One exchange a channel at a time.
+        """
+        self.num_begun += 1
+        computing = torch.cuda.current_stream(self.device)
+        self._copying.wait_stream(computing)
+        with torch.cuda.stream(self._copying):
+            for rank in self.others:
+                start, part = parts[rank]
+                self.place(rank, start, len(part), part.dtype).copy_(part)
+                self._flag(rank, channel).copy_(self._raised)  # by a copy engine too, after the part
+            copied = self._copying.record_event()
+
+        def wait() -> None:
+            for rank in self.others:
+                self._handle.wait_signal(rank, channel)  # and take the flag down
+            computing.wait_event(copied)
+
+        return wait
+
+    def _flag(self, rank: int, channel: int) -> Tensor:
+        """What `wait_signal` at `rank` waits for, for this rank."""
+        return self._handle.get_signal_pad(rank, (1,), torch.int32, self.size * channel + self.rank)
+
+    def meet(self, channel: int) -> None:
+        """The current streams of all ranks wait for each other."""
+        self.num_begun += 1
+        self._handle.barrier(channel)
+
+
+def exchanges_begun() -> dict[str, int]:
+    """How many exchanges this rank has begun, for each of its groups by its ranks."""
+    return {
+        f"copies [{','.join(map(str, dist.get_process_group_ranks(memory.group)))}]": memory.num_begun
+        for memory in _opened
+    }
+
+
+def open_peer_memory(groups: Sequence[ProcessGroup], device: torch.device) -> list[PeerMemory] | None:
+    """Peer memory for each group of this rank, tried out; None, on all ranks, where one of them cannot have it.
+
+    Called by all ranks of the world.
+    """
+    opened = []
+    try:
+        for group in groups:
+            memory = PeerMemory(group, device)
+            memory.reserve(ALIGNMENT * memory.size)
+            check_peer_memory(memory)
+            opened.append(memory)
+    except RuntimeError as error:
+        print(f"no peer memory: {error}", flush=True)  # into the rank's log
+    agreed = torch.tensor(float(len(opened) == len(groups)), device=device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return opened if agreed.item() else None
+
+
+def check_peer_memory(memory: PeerMemory) -> None:
+    """Every rank writes its number to every other, and must find theirs. Raises RuntimeError where it does not."""
+    number = torch.full((1,), memory.rank, dtype=torch.int64, device=memory.device)
+    memory.exchange(dict.fromkeys(memory.others, (ALIGNMENT * memory.rank, number)), channel=0)()
+    for rank in memory.others:
+        found = int(memory.place(memory.rank, ALIGNMENT * rank, 1, torch.int64).item())
+        if found != rank:
+            raise RuntimeError(f"rank {rank} of the group wrote {found} where its number should be")
