@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from wanexp.parallel.cfg_parallel import split_guidance
 from wanexp.parallel.context_parallel import context_parallel
+from wanexp.parallel.peer_memory import open_peer_memory
 from wanexp.parallel.requests import ForwardArguments, one_after_another
 from wanexp.parallel.traffic import Traffic
 from wanexp.wan.architecture import NORM_EPS, PATCH_SIZE, WanArchitecture
@@ -158,7 +159,10 @@ def _ours(
 
         return guided
     if degree > 1:
-        context_parallel(model, ulysses=dist.group.WORLD, ring=None)
+        assert dist.group.WORLD is not None
+        memories = open_peer_memory([dist.group.WORLD], device) if device.type == "cuda" else None
+        memory = memories[0] if memories else None  # as transport=auto decides
+        context_parallel(model, ulysses=dist.group.WORLD, ring=None, memory=memory)
     return lambda inputs: model(inputs.latent, inputs.timestep, inputs.text)
 
 

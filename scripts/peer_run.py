@@ -40,6 +40,7 @@ from wanexp.hardware.telemetry import TelemetrySampler
 from wanexp.measure.environment import host_environment, torch_environment
 from wanexp.measure.parity import compare_answers
 from wanexp.measure.timing import Stopwatch
+from wanexp.parallel.peer_memory import bytes_in_use
 from wanexp.wan.attention_choice import attention_shapes
 from wanexp.wan.attention_probe import probe
 
@@ -181,7 +182,10 @@ def take_turn(forward: Forward, inputs: Inputs, stopwatch: Stopwatch, row: Row, 
         forward(inputs)
     row["windows"].append((begin, time.time()))
     if device.type == "cuda":
-        row["peak_gib"] = max(row["peak_gib"], (torch.cuda.max_memory_allocated(device) - before) / GIB)
+        peak = torch.cuda.max_memory_allocated(device) - before
+        # Ours on several GPUs is the only one that has memory beside torch's allocator.
+        peak += bytes_in_use() if row["contender"] == "ours" else 0
+        row["peak_gib"] = max(row["peak_gib"], peak / GIB)
 
 
 def finish_row(

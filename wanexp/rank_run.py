@@ -36,6 +36,7 @@ from wanexp.parallel.block_distribution import position_of
 from wanexp.parallel.data_parallel import gather_batch, scatter_batch
 from wanexp.parallel.groups import Groups, check_copies, check_links, open_layout_groups, open_memories
 from wanexp.parallel.parallelize import ParallelModel
+from wanexp.parallel.peer_memory import bytes_in_use
 from wanexp.planning.plan import DTYPE_BYTES, is_lossy_run
 from wanexp.rank_load import Loaded, RankLoader
 from wanexp.wan.transformer import first_blocks
@@ -103,7 +104,6 @@ class RankRun:
 
     def load(self, groups: Groups) -> Loaded:
         """The experts, with this rank's part of the record."""
-        self.groups = groups
         loaded = RankLoader(self.job, self.rank, self.owned, self.devices, groups, self.events).load()
         self.stopwatch.synchronize()
         self.report |= {"load": loaded.report, "effective": loaded.effective}
@@ -193,7 +193,7 @@ class RankRun:
                 "stall_s": sum(swap.stall_s() for swap in loaded.swaps) / total,
             },
             "losses": workload.losses if isinstance(workload, Train) else [],
-            "memory": read_peaks(self.owned, self.devices, owned, peer_bytes=self.groups.peer_bytes),
+            "memory": read_peaks(self.owned, self.devices, owned, peer_bytes=bytes_in_use()),
             "weight_gib": [number / GIB for number in self.owned_bytes(loaded)],
             "peak_rss_gib": peak_rss_gib(),
         }

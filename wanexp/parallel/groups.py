@@ -34,11 +34,6 @@ class Groups:
         """What carries the exchanges of `ulysses` and `shard`."""
         return "copies" if self.memories else "collectives"
 
-    @property
-    def peer_bytes(self) -> int:
-        """What the memories take of this rank's device, which torch's allocator knows nothing of."""
-        return sum(memory.num_bytes for memory in self.memories.values())
-
     def get(self, axis: str) -> ProcessGroup | None:
         """The group along `axis`; None where its degree is 1."""
         return self.by_axis.get(axis)

@@ -11,6 +11,7 @@ its owner is done with what was there; how, those who use this say (`ulysses.py`
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 ALIGNMENT = 512  # bytes, of the places in it
 
-_opened: list["PeerMemory"] = []
+_opened: "WeakSet[PeerMemory]" = WeakSet()
 
 
 class PeerMemory:
@@ -38,7 +39,7 @@ class PeerMemory:
         self.num_begun = 0
         self._of_ranks: list[Tensor] = []
         self._raised = torch.ones(1, dtype=torch.int32, device=device)
-        _opened.append(self)
+        _opened.add(self)
 
     @property
     def others(self) -> list[int]:
@@ -108,6 +109,11 @@ def exchanges_begun() -> dict[str, int]:
         f"copies [{','.join(map(str, dist.get_process_group_ranks(memory.group)))}]": memory.num_begun
         for memory in _opened
     }
+
+
+def bytes_in_use() -> int:
+    """What all of it takes of this rank's device, which torch's allocator knows nothing of."""
+    return sum(memory.num_bytes for memory in _opened)
 
 
 def open_peer_memory(groups: Sequence[ProcessGroup], device: torch.device) -> list[PeerMemory] | None:
