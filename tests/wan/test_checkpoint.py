@@ -142,7 +142,8 @@ def test_part_is_what_would_be_cut_from_the_whole(tmp_path, monkeypatch, layout)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("staging", [100, 10_000, 64 * 2**20])
 def test_part_read_to_a_gpu(tmp_path, monkeypatch, staging):
-    monkeypatch.setattr("wanexp.wan.safetensors_format.STAGING_BYTES", staging)
+    monkeypatch.setattr("wanexp.wan.reading.PIECE_BYTES", staging)
+    monkeypatch.setattr("wanexp.wan.safetensors_format.SHORT_ROW_BYTES", staging // 16)
     write_checkpoint(RandomWeights(SMALL, 5), tmp_path, layout="fp8_scaled")
     checkpoint = open_checkpoint(tmp_path)
     for name, shape in SMALL.tensor_shapes():
