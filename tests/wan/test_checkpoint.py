@@ -632,3 +632,12 @@ def test_reading_holds_one_tensor(tmp_path):
         del tensor
     assert peak - start < 60e6
     assert process.num_fds() == files
+
+
+def test_files_written_at_once_are_those_written_one_by_one(tmp_path, monkeypatch):
+    written = []
+    for folder, num_writers in (("one", 1), ("three", 3)):
+        monkeypatch.setattr("wanexp.wan.write_checkpoint._num_writers", lambda _, num=num_writers: num)
+        files = write_checkpoint(RandomWeights(SMALL), tmp_path / folder, layout="fp8_scaled", num_shards=4)
+        written.append({file.name: file.read_bytes() for file in files})
+    assert written[0] == written[1]
