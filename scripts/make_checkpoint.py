@@ -3,8 +3,9 @@
     python scripts/make_checkpoint.py --model wan2.1_t2v_1.3b --out models/wan.safetensors
     python scripts/make_checkpoint.py --model wan2.2_t2v_a14b --out models/a14b --layout diffusers --shards 6
 
-The weights are those of a run with `checkpoint=null` and the same seed. One tensor at a time is in host
-memory. Two experts (Wan 2.2 A14B) become two folders under --out.
+The weights are those of a run with `checkpoint=null` and the same seed. One tensor at a time is in host memory; with
+a GPU as --device one of each file, of which up to eight are written at once. Two experts (Wan 2.2 A14B) become two
+folders under --out.
 """
 
 import argparse

@@ -142,7 +142,8 @@ def test_part_is_what_would_be_cut_from_the_whole(tmp_path, monkeypatch, layout)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("staging", [100, 10_000, 64 * 2**20])
 def test_part_read_to_a_gpu(tmp_path, monkeypatch, staging):
-    monkeypatch.setattr("wanexp.wan.safetensors_format.STAGING_BYTES", staging)
+    monkeypatch.setattr("wanexp.wan.reading.PIECE_BYTES", staging)
+    monkeypatch.setattr("wanexp.wan.safetensors_format.SHORT_ROW_BYTES", staging // 16)
     write_checkpoint(RandomWeights(SMALL, 5), tmp_path, layout="fp8_scaled")
     checkpoint = open_checkpoint(tmp_path)
     for name, shape in SMALL.tensor_shapes():
@@ -631,3 +632,12 @@ def test_reading_holds_one_tensor(tmp_path):
         del tensor
     assert peak - start < 60e6
     assert process.num_fds() == files
+
+
+def test_files_written_at_once_are_those_written_one_by_one(tmp_path, monkeypatch):
+    written = []
+    for folder, num_writers in (("one", 1), ("three", 3)):
+        monkeypatch.setattr("wanexp.wan.write_checkpoint._num_writers", lambda _, num=num_writers: num)
+        files = write_checkpoint(RandomWeights(SMALL), tmp_path / folder, layout="fp8_scaled", num_shards=4)
+        written.append({file.name: file.read_bytes() for file in files})
+    assert written[0] == written[1]

@@ -9,7 +9,8 @@ them reads it. `SharedWeights` is a source of weights that follows this plan, an
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from wanexp.wan.architecture import WanArchitecture
+from wanexp.wan.checkpoint import Announced
 from wanexp.wan.part import Part
 from wanexp.wan.transformer import WanTransformer
 from wanexp.wan.weights import LoadReport, WeightSource, load_weights
@@ -130,6 +132,24 @@ class SharedWeights:
     def part_of(self, name: str, shape: tuple[int, ...]) -> Part:
         """What this rank holds of a tensor."""
         return self.holdings[name].part if name in self.holdings else Part(0, 0, 0)
+
+    @contextmanager
+    def reading_ahead(self, wanted: Iterable[Announced]) -> Iterator["SharedWeights"]:
+        """This source, with what this rank reads of `wanted` on its way."""
+        whole = self.source
+        with whole.reading_ahead([own for one in wanted for own in self._own(one)]) as self.source:
+            try:
+                yield self
+            finally:
+                self.source = whole
+
+    def _own(self, wanted: Announced) -> list[Announced]:
+        """What this rank reads from the source for one tensor: all that it holds alone, its share of the others."""
+        name, device, part = wanted
+        holding = self.holdings.get(name)
+        if holding is None or len(holding.ranks) == 1:
+            return [(name, device, part)]
+        return [(name, self.home, part)] if holding.reader == self.rank else []
 
     def fp8_scale(self, name: str) -> float | None:
         return self.source.fp8_scale(name)

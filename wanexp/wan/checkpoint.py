@@ -9,7 +9,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from wanexp.errors import CheckpointError, UserError
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.checkpoint_files import EXPERT_FOLDERS, find_files, some
 from wanexp.wan.key_names import Naming, is_marker, recognise, scaled_weight_of, unsupported_kind
+from wanexp.wan.reading import Reader, Wanted, read_tensor
 from wanexp.wan.safetensors_format import (
     TORCH_DTYPES,
     Header,
@@ -28,7 +30,6 @@ from wanexp.wan.safetensors_format import (
     StoredTensor,
     part_bytes,
     read_header,
-    read_tensor,
 )
 
 _STORAGE_WORDS = {
@@ -40,6 +41,9 @@ _STORAGE_WORDS = {
     "F8_E5M2": "fp8_e5m2",
 }
 _SAMPLE_BYTES, _NUM_SAMPLES = 4096, 8
+
+Announced = tuple[str, torch.device | str, Part | None]
+"""(native name, device, part) of a tensor that will be read; the part None: all of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +63,15 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     scales: Mapping[str, StoredTensor]
     headers: tuple[Header, ...]
+    reader: Reader | None = None  # of the copies that `reading_ahead` gives out
+
+    @contextmanager
+    def reading_ahead(self, wanted: Iterable[Announced]) -> Iterator["Checkpoint"]:
+        """This checkpoint with the `wanted` tensors on their way; they must be read in this order, and no others."""
+        with Reader(
+            Wanted(self.tensors[name], torch.device(device), part) for name, device, part in wanted
+        ) as reader:
+            yield dataclasses.replace(self, reader=reader)
 
     def read(
         self, name: str, *, device: torch.device | str, dtype: torch.dtype, part: Part | None = None
@@ -72,9 +85,10 @@ class Checkpoint:
         if name not in self.tensors:
             raise CheckpointError(f"{_place(self.files)} has no tensor {name}")
         device = torch.device(device)
-        tensor = read_tensor(self.tensors[name], device, part)
+        tensor = read_tensor(self.tensors[name], device, part, self.reader)
         if name in self.scales and not (dtype == torch.float8_e4m3fn == tensor.dtype):
-            scale = read_tensor(self.scales[name], device).to(torch.float32).reshape(())
+            # From the host a number goes with the kernel that uses it.
+            scale = read_tensor(self.scales[name], torch.device("cpu")).to(torch.float32).reshape(())
             tensor = tensor.to(torch.float32).mul_(scale)
         return tensor.to(dtype)
 

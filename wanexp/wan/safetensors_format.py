@@ -6,7 +6,6 @@ written tensor by tensor. Every number in a header is checked before it is used.
 """
 
 import ctypes
-import dataclasses
 import json
 import math
 import mmap
@@ -15,15 +14,16 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import numpy as np
 import torch
 
 from wanexp.errors import CheckpointError
 from wanexp.wan.part import Part
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-STAGING_BYTES = 64 * 2**20  # read and copied at once on the way to a GPU
+SHORT_ROW_BYTES = 2**20
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -97,38 +97,6 @@ def read_header(file: Path) -> Header:
     return Header(tensors, metadata, raw, file_bytes)
 
 
-def read_tensor(stored: StoredTensor, device: torch.device, part: Part | None = None) -> torch.Tensor:
-    """The tensor, or a part of it, as stored (dtype of `stored`), in memory of its own on `device`.
-
-    Only the bytes of the part are read. Host memory in use: nothing beside the result on a CPU, a few pinned buffers
-    of STAGING_BYTES for a GPU. Raises CheckpointError if the file has changed since its header was read.
-    """
-    if part is not None:
-        if math.prod(stored.shape[: part.dim]) > 1:
-            return _read_strided(stored, device, part)
-        stored = _contiguous_part(stored, part)
-    tensor = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype], device=device)
-    if not stored.num_bytes:
-        return tensor
-    target = tensor.reshape(-1).view(torch.uint8)
-    try:
-        with stored.file.open("rb", buffering=0) as stream:
-            stream.seek(stored.offset)
-            if device.type == "cpu":
-                _read_exactly(stream, target, stored)
-                return tensor
-            for start in range(0, stored.num_bytes, STAGING_BYTES):
-                piece = target[start : start + STAGING_BYTES]
-                # torch's pinned allocator gives a buffer out again only after the copy that reads it has
-                # ended, so the disk and the link work at the same time and the buffers are few.
-                staging = torch.empty(piece.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-                _read_exactly(stream, staging, stored)
-                piece.copy_(staging, non_blocking=device.type == "cuda")
-    except OSError as error:
-        raise CheckpointError(f"cannot read {stored.file}: {error.strerror or error}") from error
-    return tensor
-
-
 def part_bytes(stored: StoredTensor, part: Part | None = None) -> int:
     """Bytes of the file that a part (None: all) of the tensor takes."""
     if part is None:
@@ -136,56 +104,82 @@ def part_bytes(stored: StoredTensor, part: Part | None = None) -> int:
     return math.prod(part.shape_in(stored.shape)) * _ITEM_BYTES[stored.dtype]
 
 
-def _contiguous_part(stored: StoredTensor, part: Part) -> StoredTensor:
-    """The part as a tensor of its own, where no dimension before the part's has more than one element."""
-    skipped = part_bytes(stored, Part(part.dim, 0, part.start))
-    return dataclasses.replace(
-        stored,
-        shape=part.shape_in(stored.shape),
-        offset=stored.offset + skipped,
-        num_bytes=part_bytes(stored, part),
-    )
+@dataclass(frozen=True)
+class ByteRows:
+    """Where the bytes of a tensor, or of a part of it, lie in its file: rows of `width` bytes, `stride` bytes apart.
 
+    What lies in one piece is one row. `offset` is from the start of the file, `num_bytes` counts all rows.
+    """
 
-def _read_strided(stored: StoredTensor, device: torch.device, part: Part) -> torch.Tensor:
-    """A part whose bytes lie apart in the file, one run of them a row (a matrix's columns)."""
-    # Through a mapping of the file: a system call for each row (600,000 for a 14B model) would take longer than the
-    # copy. The pages are the page cache's own, so no anonymous memory grows.
-    tensor = torch.empty(part.shape_in(stored.shape), dtype=TORCH_DTYPES[stored.dtype], device=device)
-    num_rows = math.prod(stored.shape[: part.dim])
-    row_bytes = stored.num_bytes // num_rows
-    begin = part_bytes(stored, Part(part.dim, 0, part.start)) // num_rows
-    width = part_bytes(stored, part) // num_rows
-    if not width:
-        return tensor
-    target = tensor.view(-1).view(torch.uint8).view(num_rows, width)
-    map_start = stored.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    try:
-        with stored.file.open("rb", buffering=0) as stream:
-            # Reading a mapping behind the end of its file kills the process: look before.
-            if os.fstat(stream.fileno()).st_size < stored.offset + stored.num_bytes:
-                raise CheckpointError(f"{stored.file} is truncated: it ends inside {stored.name}")
-            mapped = mmap.mmap(
-                stream.fileno(),
-                stored.offset + stored.num_bytes - map_start,
-                access=mmap.ACCESS_COPY,  # torch wants a buffer that may be written; nobody does
-                offset=map_start,
-            )
-    except OSError as error:
-        raise CheckpointError(f"cannot read {stored.file}: {error.strerror or error}") from error
-    rows = torch.frombuffer(
-        mapped, dtype=torch.uint8, count=stored.num_bytes, offset=stored.offset - map_start
-    ).view(num_rows, row_bytes)[:, begin : begin + width]
-    if device.type == "cpu":
-        target.copy_(rows)
-        return tensor
-    step = max(1, STAGING_BYTES // width)
-    for first in range(0, num_rows, step):
-        chunk = rows[first : first + step]
-        staging = torch.empty(chunk.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        staging.copy_(chunk)
-        target[first : first + step].copy_(staging, non_blocking=device.type == "cuda")
-    return tensor
+    stored: StoredTensor
+    offset: int
+    num_bytes: int
+    width: int
+    stride: int
+
+    @classmethod
+    def of(cls, stored: StoredTensor, part: Part | None = None) -> "ByteRows":
+        """Those of the part; None: of the whole tensor."""
+        num_bytes, before, num_rows = part_bytes(stored, part), 0, 1
+        if part is not None and num_bytes:
+            before = part_bytes(stored, Part(part.dim, 0, part.start))
+            num_rows = 1 if num_bytes == stored.num_bytes else math.prod(stored.shape[: part.dim])
+        offset = stored.offset + before // num_rows
+        return cls(stored, offset, num_bytes, num_bytes // num_rows, stored.num_bytes // num_rows)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether there are many rows of few bytes (a matrix's columns): these are read by whole rows."""
+        return self.width < self.num_bytes and self.width <= SHORT_ROW_BYTES
+
+    def read(self, target: torch.Tensor, start: int) -> None:
+        """Fills `target` (uint8 [bytes], on the CPU) with the bytes from `start` on, counted without the gaps.
+
+        Raises CheckpointError if the file cannot be read or has become shorter since its header was read.
+        """
+        try:
+            file = os.open(self.stored.file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                (self._copy_short_rows if self.is_short else self._read)(file, target, start)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.stored.file}: {error.strerror or error}") from error
+
+    def _read(self, file: int, target: torch.Tensor, start: int) -> None:
+        view = memoryview(tensor_bytes(target)).cast("B")
+        done = 0
+        while done < len(view):
+            row, column = divmod(start + done, self.width)
+            rest_of_row = view[done : done + self.width - column]
+            count = os.preadv(file, [rest_of_row], self.offset + row * self.stride + column)
+            if not count:
+                raise self._truncated()
+            done += count
+
+    def _copy_short_rows(self, file: int, target: torch.Tensor, start: int) -> None:
+        # Through a mapping: a call for each row (600,000 for a 14B model) would cost more than its bytes. The pages
+        # are the page cache's own, so no anonymous memory grows.
+        first, num_rows = start // self.width, len(target) // self.width
+        begin = self.offset + first * self.stride
+        end = begin + (num_rows - 1) * self.stride + self.width
+        map_start = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        # Reading a mapping behind the end of its file kills the process: look before.
+        if os.fstat(file).st_size < end:
+            raise self._truncated()
+        mapped = mmap.mmap(file, end - map_start, access=mmap.ACCESS_READ, offset=map_start)
+        rows = np.lib.stride_tricks.as_strided(
+            np.frombuffer(mapped, dtype=np.uint8, offset=begin - map_start),
+            shape=(num_rows, self.width),
+            strides=(self.stride, 1),
+            writeable=False,
+        )
+        # By numpy, as torch would start threads of its own in each thread that reads.
+        to = np.frombuffer(memoryview(tensor_bytes(target)).cast("B"), dtype=np.uint8)
+        np.copyto(to.reshape(num_rows, self.width), rows)
+
+    def _truncated(self) -> CheckpointError:
+        return CheckpointError(f"{self.stored.file} is truncated: it ends inside {self.stored.name}")
 
 
 def encode_header(
@@ -216,19 +210,9 @@ def encode_header(
 
 def tensor_bytes(tensor: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
     """The memory of a contiguous CPU tensor as a buffer. The tensor must outlive the buffer."""
-    # Not numpy: it knows neither bf16 nor fp8, and torch runs without it.
+    # Not Tensor.numpy: it knows neither bf16 nor fp8.
     assert tensor.device.type == "cpu" and tensor.is_contiguous()
     return (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
-
-
-def _read_exactly(stream: BinaryIO, target: torch.Tensor, stored: StoredTensor) -> None:
-    view = memoryview(tensor_bytes(target)).cast("B")
-    done = 0
-    while done < len(view):
-        count = stream.readinto(view[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise CheckpointError(f"{stored.file} is truncated: it ends inside {stored.name}")
-        done += count
 
 
 def _parse_json(raw: bytes, file: Path) -> dict[str, Any]:

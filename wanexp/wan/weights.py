@@ -4,7 +4,8 @@ import hashlib
 import math
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 from wanexp.errors import CheckpointError
 from wanexp.wan.architecture import WanArchitecture
-from wanexp.wan.checkpoint import open_checkpoint, open_experts
+from wanexp.wan.checkpoint import Announced, open_checkpoint, open_experts
 from wanexp.wan.part import Part
 
 if TYPE_CHECKING:
@@ -36,6 +37,13 @@ class WeightSource(Protocol):
         self, name: str, *, device: torch.device | str, dtype: torch.dtype, part: Part | None = None
     ) -> torch.Tensor:
         """The tensor `name`, or a part of it, as `dtype` on `device`, in contiguous memory of its own."""
+        ...
+
+    def reading_ahead(self, wanted: Sequence[Announced]) -> AbstractContextManager["WeightSource"]:
+        """A source of the same weights that reads `wanted`, in this order, before it is asked for them.
+
+        As long as the context lasts, `read` of it is asked for just these, in this order.
+        """
         ...
 
     def fp8_scale(self, name: str) -> float | None:
@@ -97,6 +105,9 @@ class RandomWeights:
                 rows = values(start * row, stop * row).view(stop - start, *shape[1:])
                 tensor[start:stop].copy_(part.cut(rows))
         return tensor
+
+    def reading_ahead(self, wanted: Sequence[Announced]) -> AbstractContextManager["RandomWeights"]:
+        return nullcontext(self)
 
     def fp8_scale(self, name: str) -> float | None:
         return None
@@ -177,33 +188,35 @@ def load_weights(
         {name: tuple(local_tensor(parameter).shape) for name, parameter in wanted.items()},
         {name: part.shape_in(held[name]) for name, part in parts.items()},
     )
+    announced = [(name, device_of(name), parts[name]) for name in wanted]
     num_bytes = bytes_read = 0
     devices = set()
-    for name, parameter in wanted.items():
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        device, reader = device_of(name), getattr(module, "read_weight", None)
-        if leaf == "weight" and reader is not None:
-            read = reader(source, name, device=device, part=parts[name])
-        else:
-            wanted_dtype = dtype or parameter.dtype
-            read = {leaf: source.read(name, device=device, dtype=wanted_dtype, part=parts[name])}
-        loaded = 0
-        for attribute, tensor in read.items():
-            devices.add(tensor.device)
-            full_name = f"{owner}.{attribute}" if owner else attribute
-            home = into(full_name) if into else None
-            if home is not None:
-                tensor = home.copy_(tensor, non_blocking=True)
-            if attribute in module._buffers:
-                setattr(module, attribute, tensor)
+    with source.reading_ahead(announced) as source:
+        for name, device, part in announced:
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            reader = getattr(module, "read_weight", None)
+            if leaf == "weight" and reader is not None:
+                read = reader(source, name, device=device, part=part)
             else:
-                _replace_parameter(model, full_name, tensor, requires_grad)
-            loaded += tensor.nbytes
-        num_bytes += loaded
-        bytes_read += source.stored_bytes(name, parts[name])
-        if on_tensor:
-            on_tensor(name, loaded)
+                wanted_dtype = dtype or wanted[name].dtype
+                read = {leaf: source.read(name, device=device, dtype=wanted_dtype, part=part)}
+            loaded = 0
+            for attribute, tensor in read.items():
+                devices.add(tensor.device)
+                full_name = f"{owner}.{attribute}" if owner else attribute
+                home = into(full_name) if into else None
+                if home is not None:
+                    tensor = home.copy_(tensor, non_blocking=True)
+                if attribute in module._buffers:
+                    setattr(module, attribute, tensor)
+                else:
+                    _replace_parameter(model, full_name, tensor, requires_grad)
+                loaded += tensor.nbytes
+            num_bytes += loaded
+            bytes_read += source.stored_bytes(name, part)
+            if on_tensor:
+                on_tensor(name, loaded)
     for device in devices:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # copies run behind the host; the time must contain them
