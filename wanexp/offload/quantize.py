@@ -25,11 +25,10 @@ from wanexp.wan import fused
 from wanexp.wan import quantize_rows as rows
 from wanexp.wan.block import SelfAttention
 from wanexp.wan.part import Part
-from wanexp.wan.quantize_rows import E4M3, QuantizedInput
+from wanexp.wan.quantize_rows import E4M3, FLOAT8_CAPABILITY, QuantizedInput
 from wanexp.wan.transformer import WanTransformer
 
 STORAGE = {"fp8": E4M3, "fp8_weight": E4M3, "int8_weight": torch.int8}
-FLOAT8_CAPABILITY = (8, 9)  # of the first GPUs with float8 units
 _FLOAT8_MULTIPLE = 16  # of both sides of a weight that they take
 _AT_ONCE = 2**24  # elements of a weight quantised at once: 64 MiB of fp32
 
@@ -170,7 +169,7 @@ def quantize_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 def quantize_input(x: Tensor) -> QuantizedInput:
     """[..., channels] in float8, a scale a row. On GPUs one Triton kernel; compiled, what Inductor fuses it into."""
-    if x.is_cuda and not torch.compiler.is_compiling() and rows.triton_can_run(x.device):
+    if not torch.compiler.is_compiling() and rows.triton_can_run(x.device):
         return rows.quantize_by_kernel(x)
     return QuantizedInput(*rows.quantize(x, E4M3))
 
@@ -184,7 +183,7 @@ def float8_product(
     `float8_kernel` says so, emulated: products of the same numbers, which 16 bits hold exactly, then the scales. That
     is exact on a CPU; a GPU rounds the products to `dtype` on the way.
     """
-    kernel = float8_kernel(x.device.type, dtype, tuple(weight.shape), _capability(x.device))
+    kernel = float8_kernel(x.device.type, dtype, tuple(weight.shape), rows.capability(x.device))
     if kernel == "scaled_mm":
         return torch._scaled_mm(
             x,
@@ -210,10 +209,3 @@ def float8_kernel(
     fits = dtype == torch.bfloat16 and all(size % _FLOAT8_MULTIPLE == 0 for size in shape)
     has_units = device_type == "cuda" and capability is not None and capability >= FLOAT8_CAPABILITY
     return "scaled_mm" if fits and has_units else "emulated"
-
-
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    if device.type != "cuda":
-        return None
-    properties = torch.cuda.get_device_properties(device)  # a constant to torch.compile
-    return properties.major, properties.minor

@@ -101,7 +101,7 @@ def quantise_per_head(x: Tensor) -> tuple[Tensor, Tensor]:
     The largest element of each head becomes the largest of e4m3. On GPUs two Triton kernels, which read `x` twice and
     multiply where plain torch divides: a value halfway between two of e4m3 may go to the other one.
     """
-    if x.is_cuda and triton_can_run(x.device) and x.numel():
+    if triton_can_run(x.device) and x.numel():
         return quantise_by_kernels(x)
     peak = x.abs().amax(dim=(1, 3)).float()
     descale = (peak / FP8_MAX).clamp_min(SMALLEST)

@@ -1,7 +1,6 @@
 """Symmetric quantisation with a scale a row: in plain torch, and for activations on GPUs in one pass with Triton."""
 
 import importlib.util
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -9,6 +8,8 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 LIMITS = {E4M3: 448.0, torch.int8: 127.0}
+FLOAT8_CAPABILITY = (8, 9)  # of the first GPUs with float8 units
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 TINY = 1e-12  # the least largest value of a row: a row of zeros stays one
 
 
@@ -55,15 +56,18 @@ def empty_like(x: Tensor) -> QuantizedInput:
     return QuantizedInput(torch.empty_like(x, dtype=E4M3), scales)
 
 
-@torch.compiler.assume_constant_result
 def triton_can_run(device: torch.device) -> bool:
-    """Whether Triton's kernels can write e4m3 on a CUDA device: from compute capability 8.9 on."""
-    return importlib.util.find_spec("triton") is not None and _capability(device) >= (8, 9)
+    """Whether Triton's kernels can write e4m3 on `device`: on CUDA devices from compute capability 8.9 on."""
+    found = capability(device)
+    return HAS_TRITON and found is not None and found >= FLOAT8_CAPABILITY
 
 
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a CUDA device; None for any other."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)  # a constant to torch.compile
+    return properties.major, properties.minor
 
 
 def row_tile(width: int) -> int:
