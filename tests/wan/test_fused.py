@@ -15,6 +15,7 @@ from torch.nn.functional import gelu
 
 from tests.wan.test_transformer import VARIANTS, rel_l2
 from wanexp.errors import UserError
+from wanexp.offload.quantize import QuantizedLinear, quantize_linears
 from wanexp.wan import fused
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.block import Attention, Fp32LayerNorm, RMSNorm, WanBlock, gated_add, modulated_norm, set_fused
@@ -170,9 +171,7 @@ def test_norms_in_float8(dim, head_dim, batch, dtype, tokened):
 
     expected, _ = fused.gated_add_and_norm(x, update.clone(), gate1, index, norm3, overwrite=False)
     consumed = update.clone()
-    total, normed = fused.gated_add_and_norm(
-        x, consumed, gate1, index, norm3, overwrite=False, reader=reader
-    )
+    total, normed = fused.gated_add_and_norm(x, consumed, gate1, index, norm3, overwrite=False, reader=reader)
     assert torch.equal(total, expected)
     close_in_float8(normed, norm3(total), dtype)
     assert consumed.untyped_storage().nbytes() == 0
@@ -359,6 +358,57 @@ def test_the_model_in_half_precision(variant, tokened, residual):
     given = inputs(variant, 3, tokened)
     found, expected = (model(**given) for model in fused_and_plain(variant, torch.float16, residual))
     assert rel_l2(found, expected) < 2e-3
+
+
+def float8_models(variant: str, dtype: torch.dtype = torch.float32) -> list[WanTransformer]:
+    """As `fused_and_plain`, with float8 linear layers of the same weights."""
+    models = fused_and_plain(variant, dtype)
+    for model in models:
+        quantize_linears(model, "fp8")
+    return models
+
+
+@runs_kernels
+@writes_float8
+@pytest.mark.parametrize("num_chunks", [1, 2])
+@pytest.mark.parametrize("tokened", [False, True], ids=["per_sample", "per_token"])
+@pytest.mark.parametrize("variant", ["t2v", "i2v_clip"])
+def test_a_float8_model_reads_what_the_kernels_wrote(variant, tokened, num_chunks, monkeypatch):
+    given, read = inputs(variant, 3, tokened), []
+    forward = QuantizedLinear.forward
+
+    def counted(layer, x):
+        read.append(isinstance(x, QuantizedInput))
+        return forward(layer, x)
+
+    monkeypatch.setattr(QuantizedLinear, "forward", counted)
+    found, expected = (model(**given) for model in map(chunked(num_chunks), float8_models(variant)))
+    # Roundings of 8 bits fall otherwise where what is rounded differs by a hair.
+    assert rel_l2(found, expected) < 0.02
+    # q, k and v of self-attention, of the others cross-attention's q and the FFN; in plain torch q, k and v alone
+    on_kernels, in_torch = read[: len(read) // 2], read[len(read) // 2 :]
+    assert sum(on_kernels) == 3 + 1 + 2 * num_chunks
+    assert sum(in_torch) == 3
+
+
+def chunked(num_chunks: int):
+    return lambda model: model.set_ffn_chunks(num_chunks) or model
+
+
+@runs_kernels
+@writes_float8
+def test_float8_blocks_leave_what_is_not_theirs():
+    """The hidden states that a caller keeps, and all that is given beside them."""
+    model = float8_models("t2v")[0]
+    given = inputs("t2v")
+    timestep = given.pop("timestep")
+    pending = model.begin(given.pop("latent"), timestep, **given)
+    arguments = [pending.hidden_states, *pending.inputs]
+    before = [x.clone() for x in (*arguments[:3], *arguments[3])]
+    out = model.blocks[0](*arguments)
+    for x, was in zip((*arguments[:3], *arguments[3]), before, strict=True):
+        assert torch.equal(x, was)
+    assert torch.equal(model.blocks[0](*arguments, in_place=True), out)
 
 
 @runs_kernels
