@@ -26,8 +26,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation, too
 
 from wanexp.wan import fused
+from wanexp.wan import quantize_rows as rows
 from wanexp.wan.architecture import NORM_EPS, WanArchitecture
 from wanexp.wan.block import Fp32LayerNorm, RMSNorm, WanBlock, gated_add, modulated_norm, set_fused, turned
+from wanexp.wan.flash_attention import quantise_by_kernels, quantise_in_torch
 from wanexp.wan.rope import rope_tables
 
 WAN_14B = WanArchitecture(dim=5120, ffn_dim=13824, num_heads=40, num_layers=1)
@@ -200,6 +202,73 @@ def operations(
         lambda: linear(update),
         is_tiled=False,
     )
+    if device.type == "cpu" or rows.triton_can_run(device):
+        yield from float8_operations(x, update, inner, (shift, scale, gate), norm3, arch)
+
+
+def float8_operations(
+    x: Tensor,
+    update: Tensor,
+    inner: Tensor,
+    vectors: tuple[Tensor, Tensor, Tensor],
+    norm3: Fp32LayerNorm,
+    arch: WanArchitecture,
+) -> Iterator[Operation]:
+    """What float8 layers and float8 attention read, written in float8. Plain: the exact kernel, then plain torch."""
+    shift, scale, gate = vectors
+    one, wide = x.nbytes, inner.nbytes
+    reader = nn.Module()
+    reader.takes_float8 = True  # type: ignore[assignment]
+    heads = update.unflatten(-1, (arch.num_heads, arch.head_dim))
+
+    def kept(function: Function) -> Function:
+        """With its operands left to the next call."""
+
+        def run() -> None:
+            with patch.object(fused, "release", lambda _: None):
+                function()
+
+        return run
+
+    yield Operation(
+        "modulated_norm, float8",
+        one + one // 2,
+        lambda: fused.modulated_norm(x, shift, scale, None, DTYPE, reader=reader),
+        lambda: rows.quantize(modulated_norm(x, shift, scale, None, DTYPE), rows.E4M3),
+    )
+    yield Operation(
+        "gated_add_and_norm, fl8",
+        3 * one + one // 2,
+        kept(lambda: fused.gated_add_and_norm(x, update, gate, None, norm3, overwrite=True, reader=reader)),
+        lambda: rows.quantize(norm3(gated_add(x, update, gate, None)), rows.E4M3),
+    )
+    yield Operation(
+        "add_and_modulated_n, fl8",
+        3 * one + one // 2,
+        kept(lambda: fused.add_and_modulated_norm(x, update, shift, scale, None, reader=reader)),
+        lambda: rows.quantize(modulated_norm(x + update, shift, scale, None, DTYPE), rows.E4M3),
+    )
+    yield Operation(
+        "gelu, float8",
+        wide + wide // 2,
+        lambda: rows.quantize_by_kernel(inner, gelu=True),
+        lambda: rows.quantize(F.gelu(inner, approximate="tanh"), rows.E4M3),
+        is_tiled=False,
+    )
+    yield Operation(
+        "rows, float8",
+        one + one // 2,
+        lambda: rows.quantize_by_kernel(update),
+        lambda: rows.quantize(update, rows.E4M3),
+        is_tiled=False,
+    )
+    yield Operation(
+        "heads, float8 (q, k or v)",
+        2 * one + one // 2,
+        lambda: quantise_by_kernels(heads),
+        lambda: quantise_in_torch(heads),
+        is_tiled=False,
+    )
 
 
 def measure_operations(
@@ -210,7 +279,11 @@ def measure_operations(
     copy_gb_s = 2 * x.nbytes / seconds(lambda: other.copy_(x), device) / 1e9
     print(f"{shape:10} {'copy (ceiling)':24} {2 * x.nbytes / copy_gb_s / 1e6:8.3f} {copy_gb_s:8.0f}")
     for operation in operations(arch, grid, device):
-        fused_s, plain_s = alternating((operation.run_fused, operation.run_plain), device)
+        try:
+            fused_s, plain_s = alternating((operation.run_fused, operation.run_plain), device)
+        except Exception as error:  # the others are still worth knowing
+            print(f"{shape:10} {operation.name:24} failed: {type(error).__name__}: {error}", flush=True)
+            continue
         compiled_s = None
         if compiles:
             torch.compiler.reset()

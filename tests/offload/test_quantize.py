@@ -11,7 +11,6 @@ from torch import nn
 from tests.offload.models import SMALL, inputs, load, meta_model
 from tests.parallel.ranks import on_ranks
 from wanexp.errors import UserError
-from wanexp.offload import quantize_rows
 from wanexp.offload.block_swap import swap_blocks
 from wanexp.offload.quantize import (
     E4M3,
@@ -25,6 +24,7 @@ from wanexp.offload.quantize import (
 )
 from wanexp.offload.sizes import LINEARS, block_bytes, is_quantized, tensor_bytes
 from wanexp.parallel.tensor_parallel import tensor_parallel, tensor_part
+from wanexp.wan import quantize_rows
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.block import SelfAttention
 from wanexp.wan.checkpoint import open_checkpoint
@@ -217,7 +217,7 @@ def test_self_attention_quantises_its_input_once(monkeypatch):
     shapes = []
     real = quantize_rows.quantize
     monkeypatch.setattr(
-        "wanexp.offload.quantize_rows.quantize", lambda x, dtype: (shapes.append(x.shape), real(x, dtype))[1]
+        "wanexp.wan.quantize_rows.quantize", lambda x, dtype: (shapes.append(x.shape), real(x, dtype))[1]
     )
     shared = model(**inputs())
     # self: q k v at once, o; cross: q, k, v, o; FFN: two
@@ -348,7 +348,7 @@ def test_gpu_kernel_gives_the_same_bits(shape, dtype):
     x = (randn(*shape) * 3).to(dtype).cuda()
     x.view(-1, shape[-1])[0] = 0
     x.view(-1, shape[-1])[1] *= 1e6
-    values, scales = quantize_rows.quantize_on_gpu(x)
+    values, scales = quantize_rows.quantize_by_kernel(x)
     expected, expected_scales = quantize_rows.quantize(x, E4M3)
     assert torch.equal(scales, expected_scales)
     assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))

@@ -1,6 +1,7 @@
 """The Triton kernels against the plain torch path: on a GPU, or where Triton is installed without one, interpreted.
 
 The interpreter cuts bf16 off where GPUs round to nearest: there, fp16 tells whether roundings are in the right places.
+Its e4m3 loses the carry of what rounds up to a power of two, so that torch's stands in for it.
 """
 
 import dataclasses
@@ -14,9 +15,11 @@ from torch.nn.functional import gelu
 
 from tests.wan.test_transformer import VARIANTS, rel_l2
 from wanexp.errors import UserError
+from wanexp.offload.quantize import QuantizedLinear, quantize_linears
 from wanexp.wan import fused
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.block import Attention, Fp32LayerNorm, RMSNorm, WanBlock, gated_add, modulated_norm, set_fused
+from wanexp.wan.quantize_rows import E4M3, QuantizedInput, quantize, quantize_by_kernel
 from wanexp.wan.rope import apply_rope, rope_tables
 from wanexp.wan.transformer import WanTransformer
 
@@ -33,12 +36,25 @@ EVERY_SIZE = pytest.mark.parametrize(
     [(96, 24, 3), (100, 10, 1), (1536, 128, 1), (1664, 128, 1), (3072, 128, 1), (5120, 128, 2)],
 )
 TOKENS = 3
+CAN_WRITE_FLOAT8 = not ON_GPU or torch.cuda.get_device_capability() >= (8, 9)
+writes_float8 = pytest.mark.skipif(not CAN_WRITE_FLOAT8, reason="needs a GPU with float8 units")
 
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
     if not ON_GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        if HAS_TRITON:
+            from triton.runtime import interpreter
+
+            real = interpreter._convert_float
+
+            def convert(x, given, wanted, rounding):
+                if wanted.name != "fp8e4nv":
+                    return real(x, given, wanted, rounding)
+                return torch.from_numpy(x).to(E4M3).view(torch.uint8).numpy()
+
+            monkeypatch.setattr(interpreter, "_convert_float", convert)
     with torch.inference_mode():
         yield
 
@@ -71,6 +87,34 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
     assert rel_l2(found, expected) < TOLERANCE[expected.dtype]
+
+
+class Float8Layer(nn.Module):
+    """What a kernel looks at in the layer that reads its result."""
+
+    takes_float8 = True
+
+
+def close_in_float8(found: object, expected: torch.Tensor, rounded: torch.dtype) -> None:
+    """As near to `expected` as e4m3 allows, of which a value was rounded to `rounded` on one of the two ways."""
+    assert isinstance(found, QuantizedInput)
+    assert found.values.dtype == E4M3 and found.values.shape == expected.shape
+    _, scales = quantize(expected, E4M3)
+    assert found.scales.shape == scales.shape and found.scales.dtype == torch.float32
+    eps = torch.finfo(rounded).eps * (1 if ON_GPU else 4)
+    torch.testing.assert_close(found.scales, scales, rtol=2 * eps, atol=0)
+    assert (found.values.float().abs().amax(-1) == 448).all()
+    # Half a step of 3 bits of mantissa, or of the least number, 2^-9; and what was rounded before.
+    x, peak = expected.float(), expected.float().abs().amax(-1, keepdim=True)
+    allowed = (x.abs() * 2**-4).maximum(scales * 2**-10) * 1.001 + 8 * eps * peak
+    assert ((found.values.float() * found.scales - x).abs() <= allowed).all()
+    assert rel_l2(found.values.float() * found.scales, x) < 0.035
+
+
+def steps_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """How many numbers of e4m3 lie from each of `a` to that of `b`."""
+    a, b = (x.float().sign().int() * (x.view(torch.uint8).int() & 127) for x in (a, b))
+    return (a - b).abs()
 
 
 # --- kernel by kernel ---
@@ -110,6 +154,69 @@ def test_norms_and_residuals(dim, head_dim, batch, dtype, stream, tokened):
     expected = gated_add(total, update, gate2, index)
     fused.gated_add(total, update, gate2, index)
     close(total, expected)
+
+
+@runs_kernels
+@writes_float8
+@pytest.mark.parametrize("tokened", [False, True], ids=["per_sample", "per_token"])
+@EVERY_DTYPE
+@EVERY_SIZE
+def test_norms_in_float8(dim, head_dim, batch, dtype, tokened):
+    x, update = randn(batch, TOKENS, dim, dtype=dtype), randn(batch, TOKENS, dim, dtype=dtype, seed=1)
+    (shift1, scale1, gate1, shift2, scale2, _), index = vectors(batch, dim, tokened)
+    norm3, reader = layer_norm(dim, dtype), Float8Layer()
+
+    found = fused.modulated_norm(x, shift1, scale1, index, dtype, reader=reader)
+    close_in_float8(found, modulated_norm(x, shift1, scale1, index, torch.float32), dtype)
+
+    expected, _ = fused.gated_add_and_norm(x, update.clone(), gate1, index, norm3, overwrite=False)
+    consumed = update.clone()
+    total, normed = fused.gated_add_and_norm(x, consumed, gate1, index, norm3, overwrite=False, reader=reader)
+    assert torch.equal(total, expected)
+    close_in_float8(normed, norm3(total), dtype)
+    assert consumed.untyped_storage().nbytes() == 0
+
+    consumed, expected = update.clone(), total + update
+    normed = fused.add_and_modulated_norm(total, consumed, shift2, scale2, index, reader=reader)
+    close(total, expected)
+    close_in_float8(normed, modulated_norm(total, shift2, scale2, index, torch.float32), dtype)
+    assert consumed.untyped_storage().nbytes() == 0
+
+
+@runs_kernels
+@writes_float8
+@EVERY_DTYPE
+@pytest.mark.parametrize("width", [24, 1000, 1536, 5120, 6912, 8960, 13824, 14336])
+def test_gelu_in_float8(width, dtype):
+    x = randn(2, TOKENS, width, dtype=dtype) * 3
+    x[0, 1] *= 1e-3
+    close_in_float8(quantize_by_kernel(x, gelu=True), gelu(x.float(), approximate="tanh"), torch.float16)
+
+
+@runs_kernels
+@writes_float8
+@EVERY_DTYPE
+@pytest.mark.parametrize("width", [24, 1000, 5120, 13824])
+def test_rows_in_float8(width, dtype):
+    x = randn(2, 4, width, dtype=dtype)
+    x[0, 0], x[0, 1], x[1, 0] = 0, x[0, 1] * 500, x[1, 0] * 1e-3
+    values, scales = quantize_by_kernel(x)
+    expected, expected_scales = quantize(x, E4M3)
+    assert torch.equal(scales, expected_scales)
+    apart = steps_apart(values, expected)
+    assert apart.max() <= 1  # of halves only, which go either way
+    assert (apart > 0).float().mean() < 1e-3
+
+
+@runs_kernels
+@writes_float8
+def test_broken_numbers_stay_broken_in_float8():
+    x = randn(2, TOKENS, 40)
+    x[0, 1, 7], x[1, 2, 3] = torch.nan, torch.inf
+    for gelu_too in (False, True):
+        values, scales = quantize_by_kernel(x, gelu=gelu_too)
+        broken = (values.float() * scales).isnan().any(-1).tolist()
+        assert broken == [[False, True, False], [False, False, True]]
 
 
 @runs_kernels
@@ -251,6 +358,57 @@ def test_the_model_in_half_precision(variant, tokened, residual):
     given = inputs(variant, 3, tokened)
     found, expected = (model(**given) for model in fused_and_plain(variant, torch.float16, residual))
     assert rel_l2(found, expected) < 2e-3
+
+
+def float8_models(variant: str, dtype: torch.dtype = torch.float32) -> list[WanTransformer]:
+    """As `fused_and_plain`, with float8 linear layers of the same weights."""
+    models = fused_and_plain(variant, dtype)
+    for model in models:
+        quantize_linears(model, "fp8")
+    return models
+
+
+@runs_kernels
+@writes_float8
+@pytest.mark.parametrize("num_chunks", [1, 2])
+@pytest.mark.parametrize("tokened", [False, True], ids=["per_sample", "per_token"])
+@pytest.mark.parametrize("variant", ["t2v", "i2v_clip"])
+def test_a_float8_model_reads_what_the_kernels_wrote(variant, tokened, num_chunks, monkeypatch):
+    given, read = inputs(variant, 3, tokened), []
+    forward = QuantizedLinear.forward
+
+    def counted(layer, x):
+        read.append(isinstance(x, QuantizedInput))
+        return forward(layer, x)
+
+    monkeypatch.setattr(QuantizedLinear, "forward", counted)
+    found, expected = (model(**given) for model in map(chunked(num_chunks), float8_models(variant)))
+    # Roundings of 8 bits fall otherwise where what is rounded differs by a hair.
+    assert rel_l2(found, expected) < 0.02
+    # q, k and v of self-attention, of the others cross-attention's q and the FFN; in plain torch q, k and v alone
+    on_kernels, in_torch = read[: len(read) // 2], read[len(read) // 2 :]
+    assert sum(on_kernels) == 3 + 1 + 2 * num_chunks
+    assert sum(in_torch) == 3
+
+
+def chunked(num_chunks: int):
+    return lambda model: model.set_ffn_chunks(num_chunks) or model
+
+
+@runs_kernels
+@writes_float8
+def test_float8_blocks_leave_what_is_not_theirs():
+    """The hidden states that a caller keeps, and all that is given beside them."""
+    model = float8_models("t2v")[0]
+    given = inputs("t2v")
+    timestep = given.pop("timestep")
+    pending = model.begin(given.pop("latent"), timestep, **given)
+    arguments = [pending.hidden_states, *pending.inputs]
+    before = [x.clone() for x in (*arguments[:3], *arguments[3])]
+    out = model.blocks[0](*arguments)
+    for x, was in zip((*arguments[:3], *arguments[3]), before, strict=True):
+        assert torch.equal(x, was)
+    assert torch.equal(model.blocks[0](*arguments, in_place=True), out)
 
 
 @runs_kernels

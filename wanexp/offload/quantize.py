@@ -13,32 +13,24 @@ any device, may be a rank's part of one, and lies in the flat buffer of a swappe
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanexp.errors import UserError
-from wanexp.offload import quantize_rows as rows
 from wanexp.offload.sizes import LINEARS
 from wanexp.wan import fused
+from wanexp.wan import quantize_rows as rows
 from wanexp.wan.block import SelfAttention
 from wanexp.wan.part import Part
+from wanexp.wan.quantize_rows import E4M3, FLOAT8_CAPABILITY, QuantizedInput
 from wanexp.wan.transformer import WanTransformer
 
-E4M3 = torch.float8_e4m3fn
 STORAGE = {"fp8": E4M3, "fp8_weight": E4M3, "int8_weight": torch.int8}
-FLOAT8_CAPABILITY = (8, 9)  # of the first GPUs with float8 units
 _FLOAT8_MULTIPLE = 16  # of both sides of a weight that they take
 _AT_ONCE = 2**24  # elements of a weight quantised at once: 64 MiB of fp32
-
-
-class QuantizedInput(NamedTuple):
-    """Activations in float8 with a scale a row: what several layers get that would each quantise the same tensor."""
-
-    values: Tensor  # e4m3 [..., channels]
-    scales: Tensor  # fp32 [..., 1]
 
 
 class WeightReader(Protocol):
@@ -66,6 +58,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, kind: str) -> None:
         super().__init__()
         self.kind = kind
+        self.takes_float8 = kind == "fp8"  # fused kernels then quantise what they write for this layer
         self.dtype = linear.weight.dtype
         # Not in_features and out_features, which tensor parallel leaves as they were.
         self.weight = nn.Parameter(torch.empty_like(linear.weight, dtype=STORAGE[kind]), requires_grad=False)
@@ -121,7 +114,8 @@ def quantize_linears(model: WanTransformer, linear: str) -> list[str]:
     """Replace the linear layers of all blocks by quantised ones, as `precision.linear` says; returns their names.
 
     For a model on meta, before it is loaded: after what cuts weights (tensor parallel), before block swap. A model
-    that has its weights is quantised too. With `fp8` self-attention quantises its input once, for q, k and v.
+    that has its weights is quantised too. With `fp8` self-attention quantises its input once, for q, k and v, unless a
+    fused kernel has already.
 
     Raises UserError for an unknown kind of linear layers.
     """
@@ -175,8 +169,8 @@ def quantize_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 def quantize_input(x: Tensor) -> QuantizedInput:
     """[..., channels] in float8, a scale a row. On GPUs one Triton kernel; compiled, what Inductor fuses it into."""
-    if x.is_cuda and not torch.compiler.is_compiling() and rows.triton_can_run(x.device):
-        return QuantizedInput(*rows.quantize_on_gpu(x))
+    if not torch.compiler.is_compiling() and rows.triton_can_run(x.device):
+        return rows.quantize_by_kernel(x)
     return QuantizedInput(*rows.quantize(x, E4M3))
 
 
@@ -189,7 +183,7 @@ def float8_product(
     `float8_kernel` says so, emulated: products of the same numbers, which 16 bits hold exactly, then the scales. That
     is exact on a CPU; a GPU rounds the products to `dtype` on the way.
     """
-    kernel = float8_kernel(x.device.type, dtype, tuple(weight.shape), _capability(x.device))
+    kernel = float8_kernel(x.device.type, dtype, tuple(weight.shape), rows.capability(x.device))
     if kernel == "scaled_mm":
         return torch._scaled_mm(
             x,
@@ -215,10 +209,3 @@ def float8_kernel(
     fits = dtype == torch.bfloat16 and all(size % _FLOAT8_MULTIPLE == 0 for size in shape)
     has_units = device_type == "cuda" and capability is not None and capability >= FLOAT8_CAPABILITY
     return "scaled_mm" if fits and has_units else "emulated"
-
-
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    if device.type != "cuda":
-        return None
-    properties = torch.cuda.get_device_properties(device)  # a constant to torch.compile
-    return properties.major, properties.minor

@@ -6,7 +6,7 @@ where the caller says `in_place`.
 
 Plain torch throughout; a module with `is_fused` set computes in `fused.py` what lies between its matrix products.
 Then attentions and FFN consume what they are called with, the tensor that the block normed for them: its memory is
-given back as soon as it was read, so that it is not there at the peak.
+given back as soon as it was read, so that it is not there at the peak. Float8 layers get it in float8.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from wanexp.wan import fused
 from wanexp.wan.architecture import NORM_EPS, WanArchitecture
 from wanexp.wan.attention import AttentionFunction, attention_function
+from wanexp.wan.quantize_rows import QuantizedInput
 from wanexp.wan.rope import Rope, apply_rope
 
 
@@ -127,8 +128,8 @@ class SelfAttention(Attention):
 
     send: Callable[[Tensor], Any] = staticmethod(lambda x: x)
 
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        """`x` [batch, tokens, dim] -> the same shape and dtype; `rope` as of `rope_tables`."""
+    def forward(self, x: Tensor | QuantizedInput, rope: Rope) -> Tensor:
+        """`x` [batch, tokens, dim] -> the same shape in the compute dtype; `rope` as of `rope_tables`."""
         # RoPE is fused into the norm, or done when what went into the norm is gone.
         within, after = (rope, None) if self.is_fused else (None, rope)
         # v and k first: what sends them to other ranks does so beside the products that follow.
@@ -154,8 +155,8 @@ class CrossAttention(Attention):
             self.v_img = nn.Linear(dim, dim, dtype=dtype)
             self.norm_k_img = RMSNorm(dim, dtype)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """`x` [batch, tokens, dim], `context` [batch, clip_tokens + text_len, dim] -> shape and dtype of `x`.
+    def forward(self, x: Tensor | QuantizedInput, context: Tensor) -> Tensor:
+        """`x` [batch, tokens, dim], `context` [batch, clip_tokens + text_len, dim] -> the shape of `x`.
 
         The same q attends to image and text apart; the two results are added before the output projection.
         """
@@ -189,19 +190,16 @@ class FeedForward(nn.Sequential):
             nn.Linear(ffn_dim, dim, dtype=dtype),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [batch, tokens, dim] -> the same shape and dtype."""
+    def forward(self, x: Tensor | QuantizedInput) -> Tensor:
+        """`x` [batch, tokens, dim] -> the same shape in the compute dtype."""
         if self.num_chunks > 1:
             return torch.cat([self._run(part) for part in x.chunk(self.num_chunks, dim=1)], dim=1)
         return self._run(x, consume=self.is_fused)
 
-    def _run(self, x: Tensor, *, consume: bool = False) -> Tensor:
+    def _run(self, x: Tensor | QuantizedInput, *, consume: bool = False) -> Tensor:
         if not self.is_fused:
             return super().forward(x)
-        inner = fused.linear_gelu(self[0], x)
-        if consume:
-            fused.release(x)
-        return self[2](inner)
+        return self[2](fused.linear_gelu(self[0], x, reader=self[2], consume=consume))
 
 
 class WanBlock(nn.Module):
@@ -276,14 +274,18 @@ class WanBlock(nn.Module):
     ) -> Tensor:
         """The same with every norm fused to the addition before it; writes over `x` if `owned`.
 
-        Each `normed` lies where the update before it did, and is consumed by the module that it goes into.
+        Each `normed` takes the place of the update before it, and is consumed by the module that it goes into, whose
+        first layer says whether that is in float8 (q speaks for k and v).
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors
-        normed = fused.modulated_norm(x, shift1, scale1, timestep_index, dtype)
-        update = self.self_attn(normed, rope)
-        x, normed = fused.gated_add_and_norm(x, update, gate1, timestep_index, self.norm3, overwrite=owned)
-        update = self.cross_attn(normed, context)
-        normed = fused.add_and_modulated_norm(x, update, shift2, scale2, timestep_index)
-        update = self.ffn(normed)
+        attention, cross_attention, ffn = self.self_attn, self.cross_attn, self.ffn
+        normed = fused.modulated_norm(x, shift1, scale1, timestep_index, dtype, reader=attention.q)
+        update = attention(normed, rope)
+        x, normed = fused.gated_add_and_norm(
+            x, update, gate1, timestep_index, self.norm3, overwrite=owned, reader=cross_attention.q
+        )
+        update = cross_attention(normed, context)
+        normed = fused.add_and_modulated_norm(x, update, shift2, scale2, timestep_index, reader=ffn[0])
+        update = ffn(normed)
         fused.gated_add(x, update, gate2, timestep_index)
         return x

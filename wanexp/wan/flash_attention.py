@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from wanexp.errors import UserError
+from wanexp.wan.quantize_rows import triton_can_run
 
 FLASH_KERNELS = ("fa3", "fa4", "fa3_fp8")
 
@@ -27,6 +28,8 @@ DISTRIBUTIONS = {"fa3": ("fa3-fwd", "flash-attn-3"), "fa4": ("flash-attn-4",)}
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
+SMALLEST = torch.finfo(torch.float32).tiny  # scale: a head of zeros stays one
+TOKENS_AT_ONCE = 64  # of one head, in each program of the quantisation
 
 
 class CannotRun(UserError):
@@ -91,14 +94,45 @@ def refusal(
     return None
 
 
+@torch.library.custom_op("wanexp::quantise_per_head", mutates_args=())
 def quantise_per_head(x: Tensor) -> tuple[Tensor, Tensor]:
     """[batch, tokens, heads, head_dim] -> the same in e4m3, and fp32 [batch, heads] that multiplied with it gives x.
 
-    The largest element of each head becomes the largest of e4m3.
+    The largest element of each head becomes the largest of e4m3. On GPUs two Triton kernels, which read `x` twice and
+    multiply where plain torch divides: a value halfway between two of e4m3 may go to the other one.
     """
+    if triton_can_run(x.device) and x.numel():
+        return quantise_by_kernels(x)
+    return quantise_in_torch(x)
+
+
+@quantise_per_head.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    batch, _, heads, _ = x.shape
+    return x.new_empty(x.shape, dtype=FP8), x.new_empty((batch, heads), dtype=torch.float32)
+
+
+def quantise_in_torch(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantise_per_head` in plain torch."""
     peak = x.abs().amax(dim=(1, 3)).float()
-    descale = (peak / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-    return (x.float() / descale[:, None, :, None]).to(FP8), descale
+    descale = (peak / FP8_MAX).clamp_min(SMALLEST)
+    return (x.float() / descale[:, None, :, None]).to(FP8).contiguous(), descale
+
+
+def quantise_by_kernels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantise_per_head` by Triton; any strides but for the last axis."""
+    from wanexp.wan.triton_kernels import peaks_of_heads, quantize_heads
+
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    batch, tokens, heads, head_dim = x.shape
+    peaks, descale = x.new_zeros(2, batch, heads, dtype=torch.float32).unbind()
+    values = torch.empty(x.shape, dtype=FP8, device=x.device)
+    sizes = {"HEAD_DIM": head_dim, "WIDTH": 1 << (head_dim - 1).bit_length(), "TOKENS": TOKENS_AT_ONCE}
+    grid = (heads, -(-tokens // TOKENS_AT_ONCE), batch)
+    with torch.cuda.device_of(x):  # Triton starts on the current device, whatever its tensors say
+        peaks_of_heads[grid](x, peaks, tokens, *x.stride()[:3], **sizes)
+        quantize_heads[grid](x, peaks, values, descale, tokens, *x.stride()[:3], SMALLEST, **sizes)
+    return values, descale
 
 
 @cache

@@ -9,18 +9,23 @@ For inference on GPUs. Where the plain torch path of `block.py` makes three to t
     rms_norm                RMSNorm of q or k, with RoPE where it is self-attention's
     linear_gelu             GELU(tanh) in the epilogue of the first FFN product
 
-They round where the plain path does, or less often, and write over their operands where the block owns these. Operators
+They round where the plain path does, or less often, and write over their operands where the block owns these. What a
+float8 layer reads (`reader`) they write in float8 with a scale a row, from fp32 that was never rounded to 16 bits, and
+give the memory of the operand back that they would have written over. Operators
 of torch.library, so that torch.compile keeps them whole. Triton itself is imported at the first call only.
 """
 
 import importlib.util
 import os
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from wanexp.errors import UserError
+from wanexp.wan import quantize_rows as rows
 from wanexp.wan.architecture import NORM_EPS
+from wanexp.wan.quantize_rows import QuantizedInput
 from wanexp.wan.rope import Rope
 
 KERNELS = ("auto", "triton", "torch")
@@ -83,6 +88,13 @@ def check_inference(x: Tensor) -> None:
         raise UserError(f"kernels=triton runs on CUDA GPUs, found {x.device.type}; write kernels=torch")
 
 
+def takes_float8(reader: nn.Module | None, x: Tensor) -> bool:
+    """Whether the layer `reader` takes a QuantizedInput, and kernels can write one on the device of `x`."""
+    if not getattr(reader, "takes_float8", False):
+        return False
+    return rows.triton_can_run(x.device) if x.is_cuda else _is_interpreted()
+
+
 def release(x: Tensor | tuple[Tensor, ...]) -> None:
     """Give the memory of `x` back at once. For a tensor that is dead but that callers still refer to, or for several.
 
@@ -95,16 +107,23 @@ def release(x: Tensor | tuple[Tensor, ...]) -> None:
 # --- the operations of a block ---
 #
 # x, update and results are [batch, tokens, dim]; gate, scale and shift fp32 [batch, dim], with a timestep_index
-# [batch, tokens] a table [distinct timesteps, dim]. They may be strided views, as unbind gives them.
+# [batch, tokens] a table [distinct timesteps, dim]. They may be strided views, as unbind gives them. reader: a layer
+# that reads the result, which is a QuantizedInput if `takes_float8` says so.
 
 
 def modulated_norm(
-    x: Tensor, shift: Tensor, scale: Tensor, timestep_index: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift, rounded once to `dtype`."""
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    timestep_index: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    reader: nn.Module | None = None,
+) -> Tensor | QuantizedInput:
+    """LayerNorm(x) * (1 + scale) + shift, rounded once to `dtype` or to float8."""
     x = x.contiguous()
-    normed = torch.empty_like(x, dtype=dtype)
-    _add_and_norm(x, None, None, scale, shift, _dense(timestep_index), True, None, normed)
+    normed = rows.empty_like(x) if takes_float8(reader, x) else torch.empty_like(x, dtype=dtype)
+    _add_and_norm(x, None, None, scale, shift, _dense(timestep_index), True, None, *_into(normed))
     return normed
 
 
@@ -116,26 +135,40 @@ def gated_add_and_norm(
     norm: nn.LayerNorm,
     *,
     overwrite: bool,
-) -> tuple[Tensor, Tensor]:
-    """(x + gate * update, norm of that). The norm is written over `update`, the sum over `x` if `overwrite`."""
-    x, update = x.contiguous(), update.contiguous()
+    reader: nn.Module | None = None,
+) -> tuple[Tensor, Tensor | QuantizedInput]:
+    """(x + gate * update, norm of that). The norm takes the place of `update`, the sum that of `x` if `overwrite`."""
+    x, addend = x.contiguous(), update.contiguous()
     total = x if overwrite else torch.empty_like(x)
-    _add_and_norm(x, update, gate, norm.weight, norm.bias, _dense(timestep_index), False, total, update)
-    return total, update
+    normed = rows.empty_like(addend) if takes_float8(reader, x) else addend
+    index = _dense(timestep_index)
+    _add_and_norm(x, addend, gate, norm.weight, norm.bias, index, False, total, *_into(normed))
+    if normed is not addend:
+        release(update)
+    return total, normed
 
 
 def add_and_modulated_norm(
-    x: Tensor, update: Tensor, shift: Tensor, scale: Tensor, timestep_index: Tensor | None
-) -> Tensor:
-    """x += update; the modulated norm of that, written over `update`."""
-    update = update.contiguous()
-    _add_and_norm(x, update, None, scale, shift, _dense(timestep_index), True, x, update)
-    return update
+    x: Tensor,
+    update: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    timestep_index: Tensor | None,
+    *,
+    reader: nn.Module | None = None,
+) -> Tensor | QuantizedInput:
+    """x += update; the modulated norm of that, which takes the place of `update`."""
+    addend = update.contiguous()
+    normed = rows.empty_like(addend) if takes_float8(reader, x) else addend
+    _add_and_norm(x, addend, None, scale, shift, _dense(timestep_index), True, x, *_into(normed))
+    if normed is not addend:
+        release(update)
+    return normed
 
 
 def gated_add(x: Tensor, update: Tensor, gate: Tensor, timestep_index: Tensor | None) -> None:
     """x += gate * update."""
-    _add_and_norm(x, update.contiguous(), gate, None, None, _dense(timestep_index), False, x, None)
+    _add_and_norm(x, update.contiguous(), gate, None, None, _dense(timestep_index), False, x, None, None)
 
 
 def rms_norm(
@@ -156,18 +189,38 @@ def rms_norm(
     return x
 
 
-def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
-    """GELU(tanh) of linear(x).
+def linear_gelu(
+    linear: nn.Module,
+    x: Tensor | QuantizedInput,
+    *,
+    reader: nn.Module | None = None,
+    consume: bool = False,
+) -> Tensor | QuantizedInput:
+    """GELU(tanh) of linear(x). consume: the memory of `x` is given back as soon as the product has read it.
 
     In the epilogue of the product where the layer is a plain one on a GPU in 16 bits: there, and not on CPUs,
     `_addmm_activation` means the tanh form (aten/src/ATen/native/cuda/Blas.cpp), approximated to about the precision
-    of 16 bits, and rounded once. Else in place after the product.
+    of 16 bits, and rounded once. Else after the product: in place, or on the way to float8.
     """
-    if type(linear) is nn.Linear and linear.bias is not None and x.is_cuda and x.element_size() == 2:
-        rows = x.reshape(-1, x.shape[-1])
-        inner = torch._addmm_activation(linear.bias, rows, linear.weight.t(), use_gelu=True)
-        return inner.view(*x.shape[:-1], -1)
-    return gelu(linear(x))
+    if type(linear) is nn.Linear and linear.bias is not None and _is_16_bits_on_gpu(x):
+        flat = x.reshape(-1, x.shape[-1])
+        inner = torch._addmm_activation(linear.bias, flat, linear.weight.t(), use_gelu=True)
+        inner = inner.view(*x.shape[:-1], -1)
+        if consume:
+            release(x)
+        return inner
+    inner = linear(x)
+    if consume:
+        release(x)
+    if not takes_float8(reader, inner):
+        return gelu(inner)
+    quantized = rows.quantize_by_kernel(inner, gelu=True)
+    release(inner)
+    return quantized
+
+
+def _is_16_bits_on_gpu(x: Tensor | QuantizedInput) -> TypeGuard[Tensor]:
+    return isinstance(x, Tensor) and x.is_cuda and x.element_size() == 2
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -201,6 +254,11 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def _into(normed: Tensor | QuantizedInput) -> tuple[Tensor, Tensor | None]:
+    """What a kernel writes a norm into, and the scales of its rows if it is of float8."""
+    return normed if isinstance(normed, QuantizedInput) else (normed, None)
+
+
 def _rows(vectors: Tensor) -> int:
     """The distance between the rows of [rows, dim]; 0 for [dim], which serves all."""
     assert vectors.stride(-1) == 1
@@ -210,7 +268,7 @@ def _rows(vectors: Tensor) -> int:
 # Triton launches on the current device, whatever its tensors say: hence device_of in each.
 
 
-@torch.library.custom_op("wanexp::add_and_norm", mutates_args=("x_out", "normed"))
+@torch.library.custom_op("wanexp::add_and_norm", mutates_args=("x_out", "normed", "scales"))
 def _add_and_norm(
     x: Tensor,
     update: Tensor | None,
@@ -221,6 +279,7 @@ def _add_and_norm(
     is_modulated: bool,
     x_out: Tensor | None,
     normed: Tensor | None,
+    scales: Tensor | None,
 ) -> None:
     from wanexp.wan.triton_kernels import add_and_norm
 
@@ -236,6 +295,7 @@ def _add_and_norm(
             index,
             x_out,
             normed,
+            scales,
             tokens,
             0 if gate is None else _rows(gate),
             0 if factor is None else _rows(factor),
@@ -247,6 +307,7 @@ def _add_and_norm(
             HAS_INDEX=index is not None,
             HAS_NORM=normed is not None,
             IS_MODULATED=is_modulated,
+            HAS_SCALES=scales is not None,
             num_warps=warps_of(tile),
         )
 

@@ -13,6 +13,11 @@ This is the only file that imports Triton.
 import triton
 import triton.language as tl
 
+from wanexp.wan.quantize_rows import E4M3, LIMITS, TINY
+
+E4M3_MAX = tl.constexpr(LIMITS[E4M3])
+LEAST_PEAK = tl.constexpr(TINY)
+
 
 @triton.jit
 def _load_row(row, DIM: tl.constexpr, TILE: tl.constexpr, evict: tl.constexpr):
@@ -38,6 +43,37 @@ def _store_tile(row, start: tl.constexpr, tile, DIM: tl.constexpr, TILE: tl.cons
 
 
 @triton.jit
+def _in_e4m3(x, inverse):
+    """x * inverse, which may round to above the largest number; what is not a number stays so."""
+    return tl.clamp(x * inverse, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _store_quantized(row, scale_at, tiles, DIM: tl.constexpr, TILE: tl.constexpr):
+    """A row of fp32 tiles to pointer `row` in e4m3, and to `scale_at` the scale that takes its peak to the largest."""
+    peaks = tl.zeros((TILE,), tl.float32)
+    for i in tl.static_range(len(tiles)):
+        magnitudes = tl.abs(tiles[i])
+        if DIM % TILE != 0:
+            magnitudes = tl.where(i * TILE + tl.arange(0, TILE) < DIM, magnitudes, 0.0)
+        peaks = tl.maximum(peaks, magnitudes)
+    scale = tl.maximum(tl.max(peaks, 0), LEAST_PEAK) * (1 / E4M3_MAX)
+    inverse = 1.0 / scale
+    for i in tl.static_range(len(tiles)):
+        quantized = _in_e4m3(tiles[i], inverse).to(row.dtype.element_ty)
+        _store_tile(row, i * TILE, quantized, DIM, TILE)
+    tl.store(scale_at, scale)
+
+
+@triton.jit
+def _gelu(x):
+    """GELU of fp32 by its tanh form: as 0.5 (1 + tanh u) = sigmoid(2u), x * sigmoid(2u)."""
+    return x * tl.sigmoid(
+        1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
+    )  # 2 sqrt(2 / pi) (x + 0.044715 x^3)
+
+
+@triton.jit
 def add_and_norm(
     x,
     update,
@@ -47,6 +83,7 @@ def add_and_norm(
     index,
     x_out,
     normed,
+    scales,
     tokens,
     gate_stride,
     vector_stride,
@@ -58,11 +95,13 @@ def add_and_norm(
     HAS_INDEX: tl.constexpr,
     HAS_NORM: tl.constexpr,
     IS_MODULATED: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
 ):
     """x_out = x + gate * update; normed = LayerNorm(x_out) * factor + offset, modulated: * (1 + factor) + offset.
 
-    x, update, x_out, normed: rows of DIM. gate: rows `gate_stride` apart, factor and offset `vector_stride` apart
-    (0: the same for all tokens); a token takes the row of its sample or, with an index, the one named there.
+    x, update, x_out, normed: rows of DIM; scales: fp32 [rows] where normed is e4m3. gate: rows `gate_stride` apart,
+    factor and offset `vector_stride` apart (0: the same for all tokens); a token takes the row of its sample or, with
+    an index, the one named there.
     """
     row = tl.program_id(0).to(tl.int64)
     vector = tl.load(index + row).to(tl.int64) if HAS_INDEX else row // tokens
@@ -97,12 +136,18 @@ def add_and_norm(
         rstd = tl.rsqrt(tl.sum(squares, 0) / DIM + eps)
         factors = _load_row(factor + vector * vector_stride, DIM, TILE, "evict_last")
         offsets = _load_row(offset + vector * vector_stride, DIM, TILE, "evict_last")
+        outs = ()
         for i in tl.static_range(len(tiles)):
             scale = factors[i].to(tl.float32)
             if IS_MODULATED:
                 scale += 1.0
             out = (tiles[i] - mean) * rstd * scale + offsets[i].to(tl.float32)
-            _store_tile(normed + row * DIM, i * TILE, out.to(normed.dtype.element_ty), DIM, TILE)
+            if HAS_SCALES:
+                outs = outs + (out,)
+            else:
+                _store_tile(normed + row * DIM, i * TILE, out.to(normed.dtype.element_ty), DIM, TILE)
+        if HAS_SCALES:
+            _store_quantized(normed + row * DIM, scales + row, outs, DIM, TILE)
 
 
 @triton.jit
@@ -156,11 +201,80 @@ def rms_norm_and_rope(
 
 @triton.jit
 def gelu_tanh(x, size, BLOCK: tl.constexpr):
-    """GELU by its tanh form, in place: as 0.5 (1 + tanh u) = sigmoid(2u), x * sigmoid(2u)."""
+    """GELU(tanh), in place."""
     elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = elements < size
     values = tl.load(x + elements, mask=inside, other=0.0).to(tl.float32)
-    doubled = (
-        1.5957691216057308 * values * (1.0 + 0.044715 * values * values)
-    )  # 2 sqrt(2 / pi) (v + 0.044715 v^3)
-    tl.store(x + elements, (values * tl.sigmoid(doubled)).to(x.dtype.element_ty), mask=inside)
+    tl.store(x + elements, _gelu(values).to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def quantize_rows(x, values, scales, DIM: tl.constexpr, TILE: tl.constexpr, HAS_GELU: tl.constexpr):
+    """The rows of x, or of its GELU(tanh), in e4m3 with a scale each."""
+    row = tl.program_id(0).to(tl.int64)
+    loaded = _load_row(x + row * DIM, DIM, TILE, "evict_first")
+    tiles = ()
+    for i in tl.static_range(len(loaded)):
+        tile = loaded[i].to(tl.float32)
+        tiles = tiles + (_gelu(tile) if HAS_GELU else tile,)
+    _store_quantized(values + row * DIM, scales + row, tiles, DIM, TILE)
+
+
+# Of one head: TOKENS tokens of its HEAD_DIM channels, a tile of TOKENS x WIDTH. Programs of neighbouring heads run
+# side by side, so that together they read whole rows.
+
+
+@triton.jit
+def _tile_of_head(tokens, token_stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr):
+    """Where the elements of this program's tile are in a sample's head, and which of them exist."""
+    own = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[:, None]
+    channels = tl.arange(0, WIDTH)[None, :]
+    return own.to(tl.int64) * token_stride + channels, (own < tokens) & (channels < HEAD_DIM)
+
+
+@triton.jit
+def peaks_of_heads(
+    x,
+    peaks,
+    tokens,
+    sample_stride,
+    token_stride,
+    head_stride,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """peaks = max |x| of each head, fp32 [batch, heads] of zeros at first. x: [batch, tokens, heads, HEAD_DIM]."""
+    head, sample = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    places, inside = _tile_of_head(tokens, token_stride, HEAD_DIM, WIDTH, TOKENS)
+    tile = tl.load(x + sample * sample_stride + head * head_stride + places, mask=inside, other=0.0)
+    peak = tl.max(tl.max(tl.abs(tile.to(tl.float32)), 1), 0)
+    tl.atomic_max(peaks + sample * tl.num_programs(0) + head, peak, sem="relaxed")
+
+
+@triton.jit
+def quantize_heads(
+    x,
+    peaks,
+    values,
+    descales,
+    tokens,
+    sample_stride,
+    token_stride,
+    head_stride,
+    tiny,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """values = x / descale in e4m3, contiguous; descales = peaks / the largest number, fp32 [batch, heads]."""
+    head, sample = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    heads = tl.num_programs(0)
+    descale = tl.maximum(tl.load(peaks + sample * heads + head) * (1 / E4M3_MAX), tiny)
+    places, inside = _tile_of_head(tokens, token_stride, HEAD_DIM, WIDTH, TOKENS)
+    tile = tl.load(x + sample * sample_stride + head * head_stride + places, mask=inside, other=0.0)
+    quantized = _in_e4m3(tile.to(tl.float32), 1.0 / descale).to(values.dtype.element_ty)
+    places, inside = _tile_of_head(tokens, heads * HEAD_DIM, HEAD_DIM, WIDTH, TOKENS)
+    tl.store(values + (sample * tokens * heads + head) * HEAD_DIM + places, quantized, mask=inside)
+    if tl.program_id(1) == 0:
+        tl.store(descales + sample * heads + head, descale)
