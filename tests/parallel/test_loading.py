@@ -191,6 +191,7 @@ def memory_of_loading(rank: int, folder, is_split: bool) -> tuple[int, int]:
         device_of=lambda name: "cpu",
         on_tensor=lambda name, num_bytes: growth.append(anonymous_rss_bytes() - before),
     )
+    growth.append(anonymous_rss_bytes() - before)  # only now has all arrived that others sent
     return max(growth), report.num_bytes
 
 
