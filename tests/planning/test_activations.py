@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from tests.planning.live_bytes import LiveBytes
+from wanexp.offload import quantize
 from wanexp.planning import activations, fused_activations
 from wanexp.planning.activations import Sizes
 from wanexp.planning.heap import Heap
 from wanexp.planning.memory import training_backward_bytes
-from wanexp.wan import fused
+from wanexp.wan import fused, quantize_rows
 from wanexp.wan.architecture import WanArchitecture
+from wanexp.wan.attention import attention_function
+from wanexp.wan.block import Attention
 from wanexp.wan.transformer import WanTransformer
 
 ARCHITECTURES = {
@@ -80,20 +83,42 @@ def fused_without_numbers(monkeypatch):
     for kernel in ("_add_and_norm", "_rms_norm", "_gelu"):
         monkeypatch.setattr(fused, kernel, lambda *_args: None)
     monkeypatch.setattr(fused, "check_inference", lambda _x: None)
+    monkeypatch.setattr(fused, "_is_interpreted", lambda: True)
+    monkeypatch.setattr(quantize_rows, "_quantize_rows", lambda *_args: None)
+    monkeypatch.setattr(quantize, "quantize_input", quantize_rows.quantize_by_kernel)
+    monkeypatch.setattr(
+        quantize,
+        "float8_product",
+        lambda x, _scale, weight, *others: torch.empty(len(x), len(weight), dtype=others[-1]),
+    )
 
 
+def attend_in_float8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What such an attention holds, around an exact one."""
+    copies = [torch.empty_like(x, dtype=quantize_rows.E4M3) for x in (q, k, v)]
+    out = attention_function("sdpa_flash")(q, k, v)
+    del copies
+    return out
+
+
+@pytest.mark.parametrize("float8", ["", "layers", "layers and attention"])
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("dtype", ["bfloat16", "bfloat16, fp32 residual"])
 @pytest.mark.parametrize("per_token", [False, True], ids=["per_sample", "per_token"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_fused_peak_is_that_of_the_real_transformer(
-    name, per_token, dtype, chunks, fused_without_numbers, monkeypatch
+    name, per_token, dtype, chunks, float8, fused_without_numbers, monkeypatch
 ):
     arch, grid = architecture(name), (6, 20, 16)
     residual = torch.float32 if "residual" in dtype else None
     model = WanTransformer(arch, dtype=torch.bfloat16, residual=residual).eval()
     model.set_attention("sdpa_flash")
     model.set_kernels("triton")
+    if float8:
+        quantize.quantize_linears(model, "fp8")
+    for module in model.modules():
+        if "attention" in float8 and isinstance(module, Attention):
+            module.attend = attend_in_float8
     model.set_ffn_chunks(chunks)
     latent = torch.randn(1, 16, grid[0], 2 * grid[1], 2 * grid[2])
     timestep = torch.full((1, grid[0], grid[1] * grid[2]), 500.0)
@@ -106,8 +131,8 @@ def test_fused_peak_is_that_of_the_real_transformer(
         model(*arguments, image_latent=image, context=context)  # builds the RoPE tables
         with LiveBytes() as tracker:
 
-            def released(x: torch.Tensor) -> None:
-                tracker.released(x)
+            def released(x: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+                tracker.released(*(x if isinstance(x, tuple) else (x,)))
                 release(x)
 
             monkeypatch.setattr(fused, "release", released)
@@ -119,6 +144,8 @@ def test_fused_peak_is_that_of_the_real_transformer(
         residual=4 if residual else 2,
         distinct_timesteps=2 if per_token else 0,
         ffn_chunks=chunks,
+        writes_float8=bool(float8),
+        float8_attention="attention" in float8,
     )
     assert traced_peak(s, fused_activations) == pytest.approx(tracker.peak, rel=0.01)
 
@@ -132,6 +159,16 @@ def test_the_fused_moments_are_those_of_the_docstring():
         heap = Heap()
         fused_activations.block(heap, s, heap.new(s.stream))
         assert heap.peak - s.modulation == pytest.approx(in_u * s.hidden)
+
+
+def test_the_float8_moments_are_those_of_the_docstring():
+    """14B S + 3 F / 2, with float8 attention S + 5.5 U; in four runs S + 4 U, of the attention."""
+    big = WanArchitecture(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+    for attention, chunks, in_u in ((False, 1, 1 + 1.5 * 2.7), (True, 1, 6.5), (False, 4, 5.0)):
+        s = Sizes(big, 1, (21, 30, 52), ffn_chunks=chunks, writes_float8=True, float8_attention=attention)
+        heap = Heap()
+        fused_activations.block(heap, s, heap.new(s.stream))
+        assert heap.peak - s.modulation == pytest.approx(in_u * s.hidden, rel=1e-3)
 
 
 def test_the_worst_moments_are_those_of_the_docstring():

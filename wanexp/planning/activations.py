@@ -31,6 +31,8 @@ class Sizes:
     residual: int = 2
     distinct_timesteps: int = 0  # 0: one timestep a sample; else they are given per token
     ffn_chunks: int = 1  # runs of tokens that the FFN takes one after the other
+    writes_float8: bool = False  # fused kernels write what float8 layers read, and with a scale a row
+    float8_attention: bool = False  # beside q, k and v lie copies of 8 bits
 
     @property
     def tokens(self) -> int:
@@ -60,6 +62,15 @@ class Sizes:
     def inner(self) -> int:
         """[batch, tokens, ffn_dim] in the compute dtype (F)."""
         return self.batch * self.tokens * self.arch.ffn_dim * self.compute
+
+    @property
+    def normed(self) -> int:
+        """What a norm of the fused path writes: [batch, tokens, dim] in the compute dtype or in float8."""
+        return self.read_by_layer(self.hidden) if self.writes_float8 else self.hidden
+
+    def read_by_layer(self, num_bytes: int) -> int:
+        """What a float8 layer reads of `num_bytes` in the compute dtype of [batch, tokens, ...], scales included."""
+        return num_bytes // self.compute + 4 * self.batch * self.tokens
 
     @property
     def gathered(self) -> int:
@@ -248,7 +259,8 @@ def block(
 def feed_forward(heap: Heap, s: Sizes, consumed: int = 0) -> int:
     """Runs of tokens one after the other, then joined.
 
-    consumed: the input on the fused path, whose first product has the GELU in it and is the last to read a whole input.
+    consumed: the input on the fused path, whose first product is the last to read a whole input. The GELU is in that
+    product, or on the way to float8.
     """
     parts = []
     for _ in range(s.ffn_chunks):
@@ -259,6 +271,10 @@ def feed_forward(heap: Heap, s: Sizes, consumed: int = 0) -> int:
             wide = activated
         elif s.ffn_chunks == 1:
             heap.free(consumed)
+        if s.writes_float8:  # the GELU
+            narrow = heap.new(s.read_by_layer(s.inner) // s.ffn_chunks)
+            heap.free(wide)
+            wide = narrow
         parts.append(heap.new(s.hidden // s.ffn_chunks))
         heap.free(wide)
     if len(parts) == 1:

@@ -7,7 +7,7 @@ from wanexp.hardware.devices import Device
 from wanexp.planning.activations import Sizes
 
 # Self-attention of 32,760 tokens and 40 heads by each kernel over that by cuDNN at 580 TFLOP/s: measured on H200 on
-# 2026-11-22. A profile's `attention_tflops` is of its `attention_kernel`.
+# 2026-11-22, fa3_fp8 without its quantisation. A profile's `attention_tflops` is of its `attention_kernel`.
 ATTENTION_SPEED = {
     "sdpa_cudnn": 1.0,
     "sdpa_flash": 0.63,
@@ -25,12 +25,18 @@ HOPPER = (9, 0)
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a block computes with on one device. attention_speed, linear_speed: over the profile's rates."""
+    """What a block computes with on one device.
+
+    attention_speed, linear_speed: over the profile's rates. writes_float8: fused kernels quantise what they write for
+    float8 layers. has_float8_attention: q, k and v are quantised first.
+    """
 
     is_fused: bool = False
     linear: str = "dtype"
     linear_speed: float = 1.0
     attention_speed: float = 1.0
+    writes_float8: bool = False
+    has_float8_attention: bool = False
 
 
 def kernels_of(config: RunConfig, device: Device, profiled: str = DeviceProfile.attention_kernel) -> Kernels:
@@ -49,11 +55,15 @@ def kernels_of(config: RunConfig, device: Device, profiled: str = DeviceProfile.
     is_hopper = device.type == "cuda" and (capability is None or capability >= HOPPER)
     has_ratios = is_hopper and dtype != "float32"
     base = ATTENTION_SPEED.get(profiled, 1.0)
+    is_fused = wants_fused and config.workload.name == "denoise"
+    is_fp8 = config.precision.linear == "fp8" and has_fp8
     return Kernels(
-        is_fused=wants_fused and config.workload.name == "denoise",
+        is_fused=is_fused,
         linear=config.precision.linear,
-        linear_speed=FP8_SPEED if config.precision.linear == "fp8" and has_fp8 else 1.0,
+        linear_speed=FP8_SPEED if is_fp8 else 1.0,
         attention_speed=ATTENTION_SPEED.get(attention, base) / base if has_ratios else 1.0,
+        writes_float8=is_fused and is_fp8,
+        has_float8_attention=attention == "fa3_fp8",
     )
 
 
@@ -98,15 +108,24 @@ def fused_elementwise_bytes(s: Sizes, *, tp: int = 1) -> int:
     return round(s.elements * (7 * s.residual + 6 * s.compute + (6 * s.compute + sums) / tp))
 
 
-def quantized_bytes(s: Sizes, linear: str, *, tp: int = 1) -> int:
-    """What 8-bit linear layers read and write beside their products.
+def quantized_bytes(s: Sizes, kernels: Kernels, *, tp: int = 1) -> int:
+    """What 8-bit linear layers read and write beside their products, more than 16-bit ones. s: with all columns.
 
     fp8: an input is read and written in 8 bits, that of q, k and v once; the fused GELU is a pass of its own again.
+    Where that pass and the norms write 8 bits themselves, only the two inputs of o are read once more, and three norms
+    write less.
     Weights in 8 bits: each is read, widened, and scaled in place.
     """
-    if linear == "dtype":
+    if kernels.linear == "dtype":
         return 0
-    if linear == "fp8":
-        inputs = s.elements * (3 + (2 + s.arch.ffn_dim / s.arch.dim) / tp)
-        return round(inputs * (s.compute + 1))
+    wide = s.arch.ffn_dim / s.arch.dim
+    if kernels.writes_float8:
+        return round(s.elements * ((2 + wide) / tp * (s.compute + 1) - 3 * (s.compute - 1)))
+    if kernels.linear == "fp8":
+        return round(s.elements * (3 + (2 + wide) / tp) * (s.compute + 1))
     return s.arch.num_block_parameters() // tp * (1 + 3 * s.compute)
+
+
+def quantized_heads_bytes(s: Sizes, *, tp: int = 1) -> int:
+    """What float8 attention reads and writes beforehand: q, k and v read for the peaks of heads, and for 8 bits."""
+    return s.elements * 3 * (2 * s.compute + 1) // tp

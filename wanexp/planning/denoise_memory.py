@@ -14,6 +14,7 @@ Beside the blocks' own tensors, with U = [batch, own tokens, dim] in the compute
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 from wanexp.config import RunConfig
 from wanexp.parallel.layout import Layout
@@ -46,11 +47,15 @@ def denoise_heap(config: RunConfig, plan: Plan, rank: RankPlan, position: int) -
             heap.new(tables.rope)
             heap.new(tables.rope)
     forwards = forwards_per_step(config) // plan.layout.cfg
-    is_fused = kernels_of(config, plan.devices[rank.devices[position]]).is_fused
-    whole = sizes_of(config, 1) if plan.is_pipelined else samples
+    kernels = kernels_of(config, plan.devices[rank.devices[position]])
+    whole = replace(
+        sizes_of(config, 1) if plan.is_pipelined else samples,
+        writes_float8=kernels.writes_float8,
+        float8_attention=kernels.has_float8_attention,
+    )
     copies = plan.transport == "copies"
     heap.new(place_bytes(own, plan.layout) if copies else 0)
-    forward = Forward(heap, config, whole, plan.layout, is_fused=is_fused, copies=copies)
+    forward = Forward(heap, config, whole, plan.layout, is_fused=kernels.is_fused, copies=copies)
     if plan.is_pipelined:
         stages = stages_of(plan.block_owner, len(plan.block_owner))
         _pipelined(forward, stages, position, forwards * rank.num_samples)

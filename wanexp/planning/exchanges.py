@@ -49,7 +49,7 @@ def attended(heap: Heap, s: Sizes, layout: Layout, normed: int = 0, *, copies: b
         else:
             kept.append(x)
     heap.free(*packed)
-    out = _around_ring(heap, met, layout, fp32=met * 4 // s.compute) if layout.ring > 1 else heap.new(met)
+    out = _around_ring(heap, s, met, layout) if layout.ring > 1 else attend(heap, s, met)
     if layout.ulysses > 1:
         returned, joined = heap.new(0 if copies else own), heap.new(own)
         heap.free(returned, out)
@@ -58,16 +58,24 @@ def attended(heap: Heap, s: Sizes, layout: Layout, normed: int = 0, *, copies: b
     return out
 
 
-def _around_ring(heap: Heap, met: int, layout: Layout, *, fp32: int) -> int:
+def attend(heap: Heap, s: Sizes, met: int) -> int:
+    """The kernel; `met` bytes are those of q, k and v each."""
+    copies = heap.new(3 * met // s.compute if s.float8_attention else 0)
+    out = heap.new(met)
+    heap.free(copies)
+    return out
+
+
+def _around_ring(heap: Heap, s: Sizes, met: int, layout: Layout) -> int:
     """The merged result; `met` bytes are those of q, and of each of k and v of one block."""
     # Views of what Ulysses received do not travel as they are.
     block = [heap.new(met), heap.new(met)] if layout.ulysses > 1 else []
     merged = 0
     for step in range(layout.ring):
         arriving = [heap.new(met), heap.new(met)] if step < layout.ring - 1 else []
-        attended = heap.new(met)
+        attended = attend(heap, s, met)
         if merged:
-            total = heap.new(fp32)
+            total = heap.new(met * 4 // s.compute)
             heap.free(merged, attended)
             merged = total
         else:

@@ -10,6 +10,9 @@ tokens, dim] in the compute dtype and F = the FFN's wide tensor, the moments tha
     FFN in c runs             its parts joined, or the last       S + 3 U or S + 2 U + F / c
     head                                                          S + U
 
+With float8 layers a normed tensor is U / 2, o quantises its input, and the FFN's worst is its GELU: S + 3 F / 2 (in c
+runs, its parts joined: S + 2.5 U). Float8 attention adds copies of q, k and v, 1.5 U, to its own moment.
+
 Under context parallelism S is that of all tokens: the first block writes into a view of what the embedding made. A
 sample more and it writes into a tensor of its own, from the first addition on. Under tp q, k, v and F are divided.
 """
@@ -44,13 +47,31 @@ def block(
     # Some tokens of several samples do not lie together: copied, for this norm and for good at the first addition.
     is_strided = x == hidden and first and s.batch > 1 and layout.ring * layout.ulysses > 1
     dense = heap.new(s.stream if is_strided else 0)
-    normed = heap.new(s.hidden)
+    normed = heap.new(s.normed)
     heap.free(dense)
     update = self_attention(heap, s, normed, layout, materialises_scores, copies=copies)
     x = heap.new(s.stream) if is_strided else x
-    update = feed_forward(heap, s, cross_attention(heap, s, update, layout))
+    update = cross_attention(heap, s, in_place_of(heap, s, update), layout)
+    update = feed_forward(heap, s, in_place_of(heap, s, update))
     heap.free(update, vectors, hidden if x != hidden else 0)
     return x
+
+
+def in_place_of(heap: Heap, s: Sizes, update: int) -> int:
+    """The norm that follows an update: written over it, or in float8 beside it before it goes."""
+    if not s.writes_float8:
+        return update
+    normed = heap.new(s.normed)
+    heap.free(update)
+    return normed
+
+
+def project(heap: Heap, s: Sizes, attended: int, num_bytes: int) -> int:
+    """The last layer of an attention, which gets `attended` of `num_bytes`."""
+    quantized = heap.new(s.read_by_layer(num_bytes) if s.writes_float8 else 0)
+    out = heap.new(s.hidden)
+    heap.free(quantized, attended)
+    return out
 
 
 def self_attention(
@@ -59,10 +80,7 @@ def self_attention(
     if materialises_scores:  # beside q, k and v, for one of which stands normed
         scores = [heap.new(4 * s.batch * s.arch.num_heads * s.tokens**2) for _ in range(2)]
         heap.free(*scores, heap.new(own_bytes(s, layout)), heap.new(own_bytes(s, layout)))
-    met = attended(heap, s, layout, normed, copies=copies)
-    out = heap.new(s.hidden)
-    heap.free(met)
-    return out
+    return project(heap, s, attended(heap, s, layout, normed, copies=copies), own_bytes(s, layout))
 
 
 def cross_attention(heap: Heap, s: Sizes, normed: int, layout: Layout) -> int:
@@ -71,8 +89,9 @@ def cross_attention(heap: Heap, s: Sizes, normed: int, layout: Layout) -> int:
     q = heap.new(own)
     heap.free(normed)
     k, v = heap.new(per_token * s.arch.text_len), heap.new(per_token * s.arch.text_len)
+    copies = heap.new(own // s.compute if s.float8_attention else 0)
     met = heap.new(own)
-    heap.free(v)
+    heap.free(v, copies)
     if s.arch.clip_tokens:
         image_k = heap.new(per_token * s.arch.clip_tokens)
         heap.free(k)
@@ -83,9 +102,7 @@ def cross_attention(heap: Heap, s: Sizes, normed: int, layout: Layout) -> int:
         heap.free(image, met)
         met = both
     heap.free(q, k)
-    out = heap.new(s.hidden)
-    heap.free(met)
-    return out
+    return project(heap, s, met, own)
 
 
 def head(heap: Heap, s: Sizes, hidden: int) -> int:

@@ -11,7 +11,7 @@ fraction (FRACTIONS). FLOPs and bytes as of `block_work.py`, counted kernel by k
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wanexp.config import DeviceProfile, RunConfig
 from wanexp.hardware.devices import Device
@@ -28,6 +28,7 @@ from wanexp.planning.block_work import (
     fused_elementwise_bytes,
     kernels_of,
     quantized_bytes,
+    quantized_heads_bytes,
 )
 from wanexp.planning.plan import DTYPE_BYTES, Plan, RankPlan
 from wanexp.planning.sizes import share_of, sizes_of
@@ -184,9 +185,12 @@ def _elementwise_seconds(s: Sizes, rates: Rates, layout: Layout, kernels: Kernel
         seconds = (
             block_elementwise_bytes(s, tp=layout.tp) / (layout.ring * layout.ulysses) / rates.elementwise
         )
-    num_bytes = quantized_bytes(own, kernels.linear, tp=layout.tp)
+    quantized = quantized_bytes(replace(own, arch=s.arch), kernels, tp=layout.tp)
+    seconds += quantized / (rates.memory if kernels.writes_float8 else rates.elementwise)
+    if kernels.has_float8_attention:  # under ring again for each part
+        seconds += layout.ring * quantized_heads_bytes(own, tp=layout.tp) / rates.memory
     # Ulysses packs q, k and v and puts o together: 4 tensors read and written.
-    num_bytes += 8 * own.hidden // layout.tp if layout.ulysses > 1 else 0
+    num_bytes = 8 * own.hidden // layout.tp if layout.ulysses > 1 else 0
     if layout.ring > 1:
         # Merging a part: the result so far (of 16 bits at first) scaled to fp32; the part added to it. Rounded at last.
         merged = own.hidden + own.fp32 + (layout.ring - 2) * 2 * own.fp32
