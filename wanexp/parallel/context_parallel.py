@@ -6,7 +6,8 @@
 Buys latency. All ranks call the model with the same inputs and hold all its weights. Hooks split what has a token axis
 (hidden states, RoPE tables, timestep index); image and text tokens of cross-attention stay whole. With both degrees
 Ulysses runs inside and the ring across: after the exchange of heads a rank holds the tokens of its Ulysses group, which
-is its block of the ring. The answer is exact: no token is padded, none masked. For inference.
+is its block of the ring. A rank computes a few rows more than it has tokens, where products are faster for it; no such
+row meets another, so the answer is exact, and nothing is masked. For inference.
 """
 
 from functools import partial
@@ -21,11 +22,12 @@ from wanexp.errors import UserError
 from wanexp.parallel.peer_memory import PeerMemory
 from wanexp.parallel.ring import attend_around_ring
 from wanexp.parallel.sequence_split import degree_of, gather_tokens, rank_in
-from wanexp.parallel.shares import head_shares, token_shares
+from wanexp.parallel.shares import head_shares, padded_rows, token_shares
 from wanexp.parallel.traffic import Traffic
 from wanexp.parallel.ulysses import Exchange
-from wanexp.wan.attention import AttentionWithLse, attention_with_lse, kernel_name
+from wanexp.wan.attention import AttentionFunction, AttentionWithLse, attention_with_lse, kernel_name
 from wanexp.wan.block import SelfAttention, WanBlock
+from wanexp.wan.fused import release
 from wanexp.wan.rope import Rope
 from wanexp.wan.transformer import WanTransformer
 
@@ -58,7 +60,10 @@ def context_parallel(
     for index, block in enumerate(model.blocks):
         assert isinstance(block, WanBlock)
         split.wrap(block.self_attn)
-        block.register_forward_pre_hook(split.enter_first_block if index == 0 else split.enter_block)
+        if index == 0:
+            block.register_forward_pre_hook(split.enter_first_block, with_kwargs=True)
+        else:
+            block.register_forward_pre_hook(split.enter_block)
     model.head.register_forward_pre_hook(split.enter_head)
     model.head.register_forward_hook(split.leave_head)
     return split.traffic
@@ -84,7 +89,7 @@ class _SplitForward:
     def own(self, tensor: Tensor, axis: int) -> Tensor:
         """A view of this rank's tokens of a tensor that has all of them along `axis`."""
         start = sum(self.block_shares[: self.ring_rank]) + sum(self.group_shares[: self.ulysses_rank])
-        return tensor.narrow(axis, start, self.group_shares[self.ulysses_rank])
+        return tensor.narrow(axis, start, self.own_tokens)
 
     @property
     def group_shares(self) -> tuple[int, ...]:
@@ -96,23 +101,47 @@ class _SplitForward:
         """Tokens of each block of the ring, a Ulysses group each."""
         return [sum(shares) for shares in self.shares]
 
+    @property
+    def own_tokens(self) -> int:
+        return self.group_shares[self.ulysses_rank]
+
+    @property
+    def rows(self) -> int:
+        """Of the tensors that this rank computes with: its tokens, and zeros behind them."""
+        return padded_rows(self.own_tokens)
+
+    def own_rows(self, tensor: Tensor, axis: int) -> Tensor:
+        """A copy of `own` with all rows."""
+        own = self.own(tensor, axis)
+        shape = list(own.shape)
+        shape[axis] = self.rows
+        padded = own.new_empty(shape)
+        padded.narrow(axis, 0, self.own_tokens).copy_(own)
+        padded.narrow(axis, self.own_tokens, self.rows - self.own_tokens).zero_()
+        return padded
+
     def own_constant(self, tensor: Tensor, axis: int) -> Tensor:
-        """As `own`, but a copy that serves all blocks for as long as `tensor` lives."""
+        """As `own_rows`, but one that serves all blocks for as long as `tensor` lives."""
         if tensor not in self._own:
-            self._own[tensor] = self.own(tensor, axis).clone()
+            self._own[tensor] = self.own_rows(tensor, axis)
         return self._own[tensor]
 
     # The hooks call collectives and look into a dictionary of tensors: not for a compiler to trace.
 
     @torch.compiler.disable
-    def enter_first_block(self, block: nn.Module, args: BlockInputs) -> BlockInputs:
+    def enter_first_block(
+        self, block: nn.Module, args: BlockInputs, kwargs: dict[str, Any]
+    ) -> tuple[BlockInputs, dict[str, Any]]:
         if torch.is_grad_enabled():
             raise UserError(
                 "context_parallel is for inference, gradients are switched on; call the model under "
                 "torch.inference_mode(), or train with distributed or fsdp"
             )
         hidden_states, *rest = self.enter_block(block, args)
-        return (self.own(hidden_states, 1), *rest)
+        own = self.own_rows(hidden_states, 1)
+        if kwargs.get("in_place"):  # its caller needs it no more, and holds it until the block returns
+            release(hidden_states)
+        return (own, *rest), kwargs
 
     @torch.compiler.disable
     def enter_block(self, _block: nn.Module, args: BlockInputs) -> BlockInputs:
@@ -133,6 +162,7 @@ class _SplitForward:
 
     @torch.compiler.disable
     def leave_head(self, _head: nn.Module, _args: Any, patches: Tensor) -> Tensor:
+        patches = patches[:, : self.own_tokens]
         if self.ulysses is not None:
             patches = gather_tokens(patches, self.group_shares, group=self.ulysses, traffic=self.traffic)
         if self.ring is not None:
@@ -141,14 +171,27 @@ class _SplitForward:
 
     def wrap(self, attention: SelfAttention) -> None:
         """Put what meets the other ranks around the kernel of `attention`."""
+        attend = attention.attend
         if self.ring is not None:
-            with_lse = attention_with_lse(kernel_name(attention.attend))
-            attention.attend = partial(self._around_ring, with_lse)
-        if self.exchange is not None:
-            attention.send = torch.compiler.disable(self.exchange.send)
-            attention.attend = torch.compiler.disable(partial(self.exchange.attend, attention.attend))
+            attend = partial(self._around_ring, attention_with_lse(kernel_name(attend)))
+        attention.send = torch.compiler.disable(self._send)
+        attention.attend = torch.compiler.disable(partial(self._attend, attend))
 
-    @torch.compiler.disable
+    def _send(self, x: Tensor) -> Any:
+        """Of v or k [batch, rows, heads, head_dim] the tokens, on their way where they are exchanged."""
+        own = x[:, : self.own_tokens]
+        return own if self.exchange is None else self.exchange.send(own)
+
+    def _attend(self, attend: AttentionFunction, q: Tensor, k: Any, v: Any) -> Tensor:
+        """q and the result: [batch, rows, heads, head_dim]; k and v as of `_send`."""
+        own = q[:, : self.own_tokens]
+        if self.exchange is not None:
+            return self.exchange.attend(attend, own, k, v, rows=self.rows)
+        attended = q.new_empty(q.shape)
+        attended[:, : self.own_tokens] = attend(own, k, v)
+        attended[:, self.own_tokens :].zero_()
+        return attended
+
     def _around_ring(self, attend: AttentionWithLse, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.ring is not None
         return attend_around_ring(

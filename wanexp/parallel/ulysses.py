@@ -7,16 +7,16 @@
 "All" is all of the Ulysses group. v travels while k is being computed and k while q is, so that one waits for q and o
 only. Head shares may differ by one, so any number of heads will do down to one a rank. In the send buffer the tokens of
 a chunk come first, [tokens, batch, heads, head_dim]: chunks of uneven length then join up to views that kernels take as
-they are. One copy packs each, one puts o together.
+they are.
 
 What carries an all-to-all is the process group or, between GPUs that reach each other's memory, copy engines. With
 these each of v, k, q and o has a place in the memory of every rank, and is written there without asking: who has got
 the o of all ranks knows that all have read their v, k and q, and who has got the q of all that all have read their o.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle, groupby
+from itertools import cycle
 from typing import Protocol
 
 import torch
@@ -29,15 +29,8 @@ from wanexp.parallel.shares import head_shares
 from wanexp.parallel.traffic import Traffic
 from wanexp.wan.attention import AttentionFunction
 
-PLACES = 4  # v, k, q and o, which take turns in this order
-
-
-class Carrier(Protocol):
-    """What carries the all-to-alls of a group."""
-
-    def start(self, packed: Tensor, sizes: "Sizes") -> "Sent":
-        """Begin to send each rank its chunk of `packed`, flat."""
-        ...
+PLACES = 4  # in a rank's memory: of v, k, q and o
+OUTPUT = 3  # the place of o
 
 
 @dataclass(frozen=True)
@@ -52,6 +45,26 @@ class Sizes:
     received: list[int]
     starts: list[int]
     largest: int
+
+
+@dataclass
+class Parcel:
+    """What goes out: a flat chunk for each rank. flat: all of them in their order, where a collective wants them so."""
+
+    chunks: list[Tensor]
+    flat: Tensor | None = None
+
+
+class Carrier(Protocol):
+    """What carries the all-to-alls of a group. place: which of the four of an attention it is."""
+
+    def parcel(self, like: Tensor, sizes: Sizes, place: int) -> Parcel:
+        """An empty one to pack into, in the dtype and on the device of `like`."""
+        ...
+
+    def start(self, parcel: Parcel, sizes: Sizes, place: int) -> "Sent":
+        """Begin to send each rank its chunk."""
+        ...
 
 
 class Exchange:
@@ -71,45 +84,60 @@ class Exchange:
         self.tokens = tokens
         self.traffic = traffic
         self.carrier: Carrier = Collectives(group) if memory is None else Copies(memory)
+        self._places = cycle(range(OUTPUT))
 
     def send(self, x: Tensor) -> "Sent":
-        """Start to give each rank its heads of `x` [batch, own tokens, heads, head_dim], and take mine of all."""
+        """Start to give each rank its heads of `x` [batch, own tokens, heads, head_dim], and take mine of all.
+
+        Three times an attention: v, k and, by `attend`, q.
+        """
         batch, _, num_heads, head_dim = x.shape
-        tokens = self.tokens()
+        tokens, place = self.tokens(), next(self._places)
         heads = head_shares(num_heads, len(tokens))
-        sent = self._start(pack_heads(x, heads), batch * head_dim, tokens, heads)
+        sizes = self._sizes(batch * head_dim, tokens, heads)
+        parcel = self.carrier.parcel(x, sizes, place)
+        pack_heads(x, heads, parcel.chunks)
+        sent = self._start(parcel, sizes, place)
         sent.shape = (-1, batch, heads[self.rank], head_dim)
         return sent
 
-    def attend(self, attend: AttentionFunction, q: Tensor, k: "Sent", v: "Sent") -> Tensor:
+    def attend(
+        self, attend: AttentionFunction, q: Tensor, k: "Sent", v: "Sent", *, rows: int | None = None
+    ) -> Tensor:
         """Self-attention of all tokens; `q` and the result are [batch, own tokens, heads, head_dim].
 
-        `attend` gets [batch, all tokens, own heads, head_dim].
+        `attend` gets [batch, all tokens, own heads, head_dim]. rows: tokens that the result is to have, zeros behind
+        the own ones; None for these alone.
         """
-        batch, _, num_heads, head_dim = q.shape
+        batch, own_tokens, num_heads, head_dim = q.shape
         tokens = self.tokens()
         heads = head_shares(num_heads, len(tokens))
         sent = self.send(q)
         out = attend(sent.wait(), k.wait(), v.wait())
         # Kernels lay their result out as q, tokens first: here nothing is copied.
         packed = out.transpose(0, 1).contiguous().flatten()
-        sent = self._start(packed, batch * head_dim, heads, tokens)
-        return join_heads(sent.wait(), batch, heads, head_dim)
+        sizes = self._sizes(batch * head_dim, heads, tokens)
+        sent = self._start(Parcel(list(packed.split(sizes.packed)), packed), sizes, OUTPUT)
+        sent.wait()
+        return join_heads(sent.chunks(self.rank), (batch, own_tokens, head_dim), heads, rows or own_tokens)
 
-    def _start(self, packed: Tensor, row: int, mine: Sequence[int], theirs: Sequence[int]) -> "Sent":
+    def _sizes(self, row: int, mine: Sequence[int], theirs: Sequence[int]) -> Sizes:
         """From my share of `mine` (tokens, or heads back again) and all of `theirs` to all of `mine`, mine of `theirs`.
 
         row: elements of one head of one token.
         """
         before, own, given = sum(mine[: self.rank]), mine[self.rank], theirs[self.rank]
-        sizes = Sizes(
+        return Sizes(
             packed=[row * own * share for share in theirs],
             received=[row * share * given for share in mine],
             starts=[row * before * share for share in theirs],
             largest=row * max(sum(mine) * max(theirs), max(mine) * sum(theirs)),
         )
-        self.traffic.num_bytes += packed.nbytes - sizes.packed[self.rank] * packed.element_size()
-        return self.carrier.start(packed, sizes)
+
+    def _start(self, parcel: Parcel, sizes: Sizes, place: int) -> "Sent":
+        element = parcel.chunks[0].element_size()
+        self.traffic.num_bytes += (sum(sizes.packed) - sizes.packed[self.rank]) * element
+        return self.carrier.start(parcel, sizes, place)
 
 
 class Collectives:
@@ -118,35 +146,47 @@ class Collectives:
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
 
-    def start(self, packed: Tensor, sizes: Sizes) -> "Sent":
-        received = packed.new_empty(sum(sizes.received))
+    def parcel(self, like: Tensor, sizes: Sizes, _place: int) -> Parcel:
+        flat = like.new_empty(sum(sizes.packed))
+        return Parcel(list(flat.split(sizes.packed)), flat)
+
+    def start(self, parcel: Parcel, sizes: Sizes, _place: int) -> "Sent":
+        assert parcel.flat is not None
+        received = parcel.flat.new_empty(sum(sizes.received))
         work = dist.all_to_all_single(
-            received, packed, sizes.received, sizes.packed, group=self.group, async_op=True
+            received, parcel.flat, sizes.received, sizes.packed, group=self.group, async_op=True
         )
-        return Sent(received, packed, work.wait)
+        return Sent(received, sizes, parcel, work.wait)
 
 
 class Copies:
-    """Each chunk copied to its place in the memory of the rank that it is for."""
+    """Each chunk copied to its place in the memory of the rank that it is for; this rank's own is packed there."""
 
     def __init__(self, memory: PeerMemory) -> None:
         self.memory = memory
-        self._turns = cycle(range(PLACES))
 
-    def start(self, packed: Tensor, sizes: Sizes) -> "Sent":
-        memory, turn, element = self.memory, next(self._turns), packed.element_size()
-        place = -(-sizes.largest * element // ALIGNMENT) * ALIGNMENT
-        memory.reserve(PLACES * place)
-        begin = turn * (
-            memory.num_bytes // PLACES
-        )  # not of `place`: those of a smaller forward stay where they were
-        chunks = packed.split(sizes.packed)
-        parts = {rank: (begin + sizes.starts[rank] * element, chunks[rank]) for rank in memory.others}
-        arrive = memory.exchange(parts, channel=turn)
-        received = memory.place(memory.rank, begin, sum(sizes.received), packed.dtype)
-        own, start = chunks[memory.rank], sizes.starts[memory.rank]
-        received[start : start + len(own)].copy_(own)  # beside the copies to the others
-        return Sent(received, packed, arrive)
+    def parcel(self, like: Tensor, sizes: Sizes, place: int) -> Parcel:
+        begin, rank = self._begin(like, sizes, place), self.memory.rank
+        others = [0 if index == rank else size for index, size in enumerate(sizes.packed)]
+        chunks = list(like.new_empty(sum(others)).split(others))
+        start = begin + sizes.starts[rank] * like.element_size()
+        chunks[rank] = self.memory.place(rank, start, sizes.packed[rank], like.dtype)
+        return Parcel(chunks)
+
+    def start(self, parcel: Parcel, sizes: Sizes, place: int) -> "Sent":
+        memory, like = self.memory, parcel.chunks[0]
+        begin, element = self._begin(like, sizes, place), like.element_size()
+        parts = {rank: (begin + sizes.starts[rank] * element, parcel.chunks[rank]) for rank in memory.others}
+        arrive = memory.exchange(parts, channel=place)
+        received = memory.place(memory.rank, begin, sum(sizes.received), like.dtype)
+        return Sent(received, sizes, parcel, arrive)
+
+    def _begin(self, like: Tensor, sizes: Sizes, place: int) -> int:
+        """The byte where `place` begins, on every rank."""
+        most = -(-sizes.largest * like.element_size() // ALIGNMENT) * ALIGNMENT
+        self.memory.reserve(PLACES * most)
+        # A share of the whole, not a multiple of `most`: those of a smaller forward stay where they were.
+        return place * (self.memory.num_bytes // PLACES)
 
 
 @dataclass
@@ -154,56 +194,49 @@ class Sent:
     """An exchange under way. It holds what is being sent, which must not be given away before it has left."""
 
     received: Tensor
-    packed: Tensor | None
+    sizes: Sizes
+    parcel: Parcel | None
     arrive: Callable[[], object]
     shape: tuple[int, ...] = (-1,)  # [all tokens, batch, own heads, head_dim]
 
     def wait(self) -> Tensor:
-        """What arrived: flat, or as a view [batch, all tokens, own heads, head_dim]."""
+        """What arrived, as a view [batch, all tokens, own heads, head_dim] where it has a shape."""
         self.arrive()
-        self.packed = None
-        return self.received if len(self.shape) == 1 else self.received.view(self.shape).transpose(0, 1)
+        if len(self.shape) == 1:
+            return self.received
+        self.parcel = None
+        return self.received.view(self.shape).transpose(0, 1)
+
+    def chunks(self, rank: int) -> list[Tensor]:
+        """What arrived from each rank, flat; from `rank`, this one, what it had packed. After `wait`, once."""
+        assert self.parcel is not None
+        chunks = list(self.received.split(self.sizes.received))
+        chunks[rank], self.parcel = self.parcel.chunks[rank], None
+        return chunks
 
 
-def pack_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
-    """One chunk for each rank, one after the other: [tokens, batch, its heads, head_dim], flat.
-
-    x: [batch, tokens, sum(heads), head_dim].
-    """
+def pack_heads(x: Tensor, heads: Sequence[int], chunks: Sequence[Tensor]) -> None:
+    """To the chunk of each rank, flat, its heads of `x` [batch, tokens, sum(heads), head_dim], tokens first."""
     words = _words(x)
     batch, tokens, _, width = words.shape
-    packed = words.new_empty(words.numel())
-    start = 0
-    for first, ranks, share in _runs(heads):
-        chunks = packed.narrow(0, start, ranks * tokens * batch * share * width)
-        part = words.narrow(2, first, ranks * share).unflatten(2, (ranks, share))
-        chunks.view(ranks, tokens, batch, share, width).copy_(part.permute(2, 1, 0, 3, 4))
-        start += chunks.numel()
-    return packed.view(x.dtype)
+    for part, share, chunk in zip(words.split(list(heads), dim=2), heads, chunks, strict=True):
+        chunk.view(words.dtype).view(tokens, batch, share, width).copy_(part.transpose(0, 1))
 
 
-def join_heads(received: Tensor, batch: int, heads: Sequence[int], head_dim: int) -> Tensor:
-    """[batch, tokens, sum(heads), head_dim] from one chunk [tokens, batch, its heads, head_dim] of each rank."""
-    words = _words(received.view(-1, head_dim))
-    width = words.shape[-1]
-    tokens = len(words) // (batch * sum(heads))
-    joined = words.new_empty(batch, tokens, sum(heads), width)
-    start = 0
-    for first, ranks, share in _runs(heads):
-        chunks = words.narrow(0, start, ranks * tokens * batch * share)
-        target = joined.narrow(2, first, ranks * share).unflatten(2, (ranks, share))
-        target.copy_(chunks.view(ranks, tokens, batch, share, width).permute(2, 1, 0, 3, 4))
-        start += len(chunks)
-    return joined.view(received.dtype)
+def join_heads(
+    chunks: Sequence[Tensor], shape: tuple[int, int, int], heads: Sequence[int], rows: int
+) -> Tensor:
+    """[batch, rows, sum(heads), head_dim] of flat chunks, each [tokens, batch, its heads, head_dim].
 
-
-def _runs(heads: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(first head, ranks, heads of each) for each run of equal shares: one copy serves all ranks of a run."""
-    first = 0
-    for share, equal in groupby(heads):
-        ranks = len(list(equal))
-        yield first, ranks, share
-        first += ranks * share
+    shape: (batch, tokens, head_dim). Beyond `tokens` the rows are zeros.
+    """
+    batch, tokens, head_dim = shape
+    joined = chunks[0].new_empty(batch, rows, sum(heads), head_dim)
+    joined[:, tokens:].zero_()
+    words = _words(joined)
+    for part, share, chunk in zip(words[:, :tokens].split(list(heads), dim=2), heads, chunks, strict=True):
+        part.copy_(chunk.view(words.dtype).view(tokens, batch, share, words.shape[-1]).transpose(0, 1))
+    return joined
 
 
 def _words(x: Tensor) -> Tensor:

@@ -88,6 +88,10 @@ class Forward:
 
     def block(self, hidden: int, *, first: bool) -> int:
         """The next hidden states; the given ones go."""
+        if first and self.layout.ring * self.layout.ulysses > 1:  # in goes a copy of this rank's rows
+            own = self.heap.new(self.own.hidden)
+            self.heap.free(hidden)
+            hidden = own
         if self.is_fused:
             return fused_activations.block(
                 self.heap,

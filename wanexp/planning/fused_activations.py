@@ -13,8 +13,7 @@ tokens, dim] in the compute dtype and F = the FFN's wide tensor, the moments tha
 With float8 layers a normed tensor is U / 2, o quantises its input, and the FFN's worst is its GELU: S + 3 F / 2 (in c
 runs, its parts joined: S + 2.5 U). Float8 attention adds copies of q, k and v, 1.5 U, to its own moment.
 
-Under context parallelism S is that of all tokens: the first block writes into a view of what the embedding made. A
-sample more and it writes into a tensor of its own, from the first addition on. Under tp q, k, v and F are divided.
+Under tp q, k, v and F are divided.
 """
 
 from wanexp.parallel.layout import Layout
@@ -37,20 +36,14 @@ def block(
 ) -> int:
     """One block of a rank whose share is `s`: the next hidden states, in the memory of `hidden` where they can be.
 
-    first: right after the embedding, whose hidden states are those of all tokens, in the compute dtype. copies: of
-    `attended`.
+    first: right after the embedding, whose hidden states are in the compute dtype. copies: of `attended`.
     """
     vectors = heap.new(s.modulation)
     x = hidden
     if first and s.residual != s.compute:
         x = heap.new(s.stream)  # hidden_states.to(residual)
-    # Some tokens of several samples do not lie together: copied, for this norm and for good at the first addition.
-    is_strided = x == hidden and first and s.batch > 1 and layout.ring * layout.ulysses > 1
-    dense = heap.new(s.stream if is_strided else 0)
     normed = heap.new(s.normed)
-    heap.free(dense)
     update = self_attention(heap, s, normed, layout, materialises_scores, copies=copies)
-    x = heap.new(s.stream) if is_strided else x
     update = cross_attention(heap, s, in_place_of(heap, s, update), layout)
     update = feed_forward(heap, s, in_place_of(heap, s, update))
     heap.free(update, vectors, hidden if x != hidden else 0)
