@@ -8,16 +8,16 @@ from typing import Any
 
 from wanexp.record import Record
 
-Runs = Sequence[tuple[str, Record]]
-"""The name of its case, and the record, of each run."""
+Runs = Sequence[tuple[str, Path, Record]]
+"""The name of its case, its folder, and the record, of each run."""
 
 
 def table_rows(runs: Runs) -> list[dict[str, Any]]:
     """One row a run: step time, ratio to the mean of mode none, memory, use of each GPU, bytes sent, parity."""
     return [
         row
-        for case in dict.fromkeys(name for name, _ in runs)
-        for row in _case_rows([record for name, record in runs if name == case], case)
+        for case in dict.fromkeys(name for name, *_ in runs)
+        for row in _case_rows([record for name, _, record in runs if name == case], case)
     ]
 
 
@@ -71,7 +71,7 @@ def parity_words(metrics: dict[str, float]) -> str:
 
 def write_table(runs: Runs, out: Path) -> None:
     rows = table_rows(runs)
-    records = [record for _, record in runs]
+    records = [record for *_, record in runs]
     headers = list(dict.fromkeys(name for row in rows for name in row))
     first = next((record for record in records if record.environment.get("torch")), records[0])
     torch, devices = first.environment.get("torch", {}), first.effective["devices"]
