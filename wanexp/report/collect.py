@@ -184,7 +184,9 @@ def _name_options(cells: Sequence[Cell]) -> None:
 
 
 def _option(key: str, value: str | None) -> str:
-    """`attention=sdpa_math`, `block_placement=interleaved`."""
+    """`attention=sdpa_math`, `interleaved`."""
+    if key == "parallelism.block_placement":
+        return str(value)
     return f"{key.removesuffix('.name').removeprefix('parallelism.')}={value}"
 
 

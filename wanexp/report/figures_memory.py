@@ -29,7 +29,7 @@ from wanexp.tracking.describe import cut, mapping
 
 CAPACITY_COLOUR = "#B00020"
 MAX_PANELS, PANELS_A_ROW = 6, 3
-MAX_LABELS = 30
+MAX_LABELS = 12  # of points; with more of them those on the front alone are named
 DEVICE_HEIGHT, GAP = 0.11, 0.12  # inches a bar, and between cells
 PHASE_COLOURS = ("#F2F2F2", "#FFFFFF")
 
