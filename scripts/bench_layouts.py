@@ -89,6 +89,10 @@ CASES = (
 )
 
 
+Measured = tuple[str, Path, Record]
+"""The name of its case, its folder, and the record, of one run."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """What one process does of one case. kind: `run`, or `reference` in bf16 or fp32 (leaves an answer only)."""
@@ -167,10 +171,8 @@ def main() -> int:
             spare = max(0.8 * spare, (time.time() - begin) / expected)
             words = "; ".join(cell.words for cell in batch)
             print(f"{words}: {time.time() - begin:.0f} s, expected {expected:.0f}", flush=True)
-            write_table(runs, options.out)
-    write_table(runs, options.out)
-    places_of = [(run_folder, record) for _, run_folder, record in runs]
-    write_sweep(folder, ["python", "scripts/bench_layouts.py", *sys.argv[1:]], places_of, left)
+            write_results(runs, left, folder, options.out)
+    write_results(runs, left, folder, options.out)
     print(options.out.read_text())
     for cell, case, reason in left:
         print(f"left out: {case.name}, {cell.words}: {reason}")
@@ -178,13 +180,18 @@ def main() -> int:
     return 0 if all(record.outcome == "finished" for *_, record in runs) else 1
 
 
+def write_results(
+    runs: Sequence[Measured], left: Sequence[tuple[Cell, Case, str]], folder: Path, out: Path
+) -> None:
+    """Table and sweep.json: after every layout, for a call can be cut short."""
+    write_table(runs, out)
+    command = ["python", "scripts/bench_layouts.py", *sys.argv[1:]]
+    write_sweep(folder, command, [(run_folder, record) for _, run_folder, record in runs], left)
+
+
 def prepare_process() -> None:
     """Of a process that launches: its ranks are forked from one that has torch loaded."""
     multiprocessing.set_forkserver_preload(["wanexp.preload"])
-
-
-Measured = tuple[str, Path, Record]
-"""The name of its case, its folder, and the record, of one run."""
 
 
 def measure_none(
