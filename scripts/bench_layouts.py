@@ -10,9 +10,12 @@ and its answers are what the others' are compared with.
     python scripts/bench_layouts.py --gpus 0,1 --case wan2.1_t2v_1.3b:480p:3 --layout cfg_parallel --out /tmp/one.md
     python scripts/bench_layouts.py --counts 2,4,8 --layout all --budget-s 540 --out docs/results/scaling.md
 
---layout all takes every legal layout that fits, hybrids included, most GPUs first and the fastest by prediction; the
-predictions of all cells are written before anything runs (predictions.json in the folder). What --budget-s leaves no
-time for is listed and can be asked for again.
+--layout all takes every legal layout that fits, hybrids included: what is predicted fastest, then each mode by name,
+then the products. Layouts of few GPUs run side by side, each on GPUs of its own. The predictions of all cells are
+written before anything runs (predictions.json in the folder). What --budget-s leaves no time for, and cases whose step
+is predicted longer than --max-step-s, are left out and listed. --dry-run says what would run, and for how long.
+
+The folder imports (scripts/import_records.py) and reports (scripts/report.py) as a sweep.
 
 A case is model:video:steps[:blocks that are compared[:more overrides]]. Beside each case stands what bf16 itself costs:
 the distance between mode none in bf16 and in fp32 over the first blocks (--fp32-blocks). The last line of the output is
@@ -29,7 +32,9 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +42,21 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works without an installation, too
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
-from hydra import compose, initialize_config_dir
+from layouts_study import (
+    Case,
+    Cell,
+    batches,
+    choose_cells,
+    choose_devices,
+    parse_case,
+    predictions,
+    write_sweep,
+)
 from layouts_table import table_rows, write_table
 
-from wanexp.config import RunConfig, conf_dir, register, to_dict, to_run_config
-from wanexp.errors import LayoutError
-from wanexp.hardware.devices import Device, find_devices, select_devices
+from wanexp.config import conf_dir, to_dict
+from wanexp.errors import LayoutError, UserError
+from wanexp.hardware.devices import Device
 from wanexp.hardware.profiles import profile_for
 from wanexp.hardware.telemetry import TelemetrySampler
 from wanexp.job import Job
@@ -75,6 +89,10 @@ CASES = (
 )
 
 
+Measured = tuple[str, Path, Record]
+"""The name of its case, its folder, and the record, of one run."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """What one process does of one case. kind: `run`, or `reference` in bf16 or fp32 (leaves an answer only)."""
@@ -83,36 +101,6 @@ class Task:
     rank: int
     kind: str = "run"
     blocks: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One model at one size. blocks: how many of the first are compared; None: all."""
-
-    model: str
-    video: str
-    steps: int
-    blocks: int | None
-    overrides: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        told = (override for override in self.overrides if not override.startswith("workload."))
-        return " ".join((self.model, self.video, *told))
-
-    def config(self, *overrides: str) -> RunConfig:
-        register()
-        settings = [
-            f"model={self.model}",
-            f"video={self.video}",
-            f"workload.num_steps={self.steps}",
-            "tracking=none",
-            "verify=always",
-            *self.overrides,
-            *overrides,
-        ]
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return to_run_config(compose("config", overrides=settings))
 
 
 def main() -> int:
@@ -125,7 +113,11 @@ def main() -> int:
         "--layout", action="append", help=f"overrides of parallelism, or all; default: {LAYOUTS}"
     )
     parser.add_argument("--counts", help="numbers of GPUs, such as 2,4,8; default: all of --gpus at once")
-    parser.add_argument("--budget-s", type=float, default=float("inf"), help="start no layout past this")
+    parser.add_argument(
+        "--budget-s", type=float, default=float("inf"), help="start nothing that would end past this"
+    )
+    parser.add_argument("--max-step-s", type=float, default=float("inf"), help="leave longer steps out")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run, and run nothing")
     parser.add_argument(
         "--override", action="append", default=[], help="for every run, such as attention=fa3"
     )
@@ -136,92 +128,75 @@ def main() -> int:
     )
     options = parser.parse_args()
 
+    began = time.time()
     folder = (options.folder or ROOT / "multirun" / f"layouts_{time.strftime('%Y-%m-%d_%H-%M-%S')}").resolve()
     cases = [parse_case(text, options.override) for text in options.case or CASES]
-    gpus = [int(index) for index in options.gpus.split(",")] if options.gpus else None
-    devices = select_devices(find_devices(cases[0].config().hardware), gpus, "hybrid")
-    multiprocessing.set_forkserver_preload(["wanexp.preload"])
-
-    counts = [int(count) for count in options.counts.split(",")] if options.counts else [len(devices)]
-    cells = choose_cells(cases, options.layout or LAYOUTS, devices, counts)
+    try:
+        devices, counts = choose_devices(cases[0], options.gpus, options.counts)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    cells, too_long = choose_cells(cases, options.layout or LAYOUTS, devices, counts, options.max_step_s)
+    planned = batches(cells, devices)
+    if options.dry_run:
+        for batch in planned:
+            print(f"{max(cell.seconds for cell in batch):4.0f} s  {'; '.join(cell.words for cell in batch)}")
+        print(
+            f"{sum(max(cell.seconds for cell in batch) for batch in planned):4.0f} s expected beside mode none"
+        )
+        return 0
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "predictions.json").write_text(json.dumps(predictions(cases, cells), indent=1) + "\n")
+    (folder / "predictions.json").write_text(json.dumps(predictions(cells), indent=1) + "\n")
+    left = [(cell, case, f"its steps take more than {options.max_step_s:g} s") for cell, case in too_long]
 
     print(f"{len(devices)} devices, {len(cells)} layouts, records in {folder}", flush=True)
-    began, longest = time.time(), 0.0
+    prepare_process()
     runs = measure_none(cases, devices, folder, options.fp32_blocks)
-    for number, (layout, chosen) in enumerate(cells):
-        begin = time.time()
-        if begin - began + longest > options.budget_s:
-            left = [f"{words} on {len(some)}" for words, some in cells[number:]]
-            print(f"no time was left for {len(left)} layouts: {'; '.join(left)}")
-            break
-        try:
-            runs += measure_layout(cases, layout.split(), chosen, folder, number)
-        except LayoutError as error:
-            print(f"{layout}: {error}")
-            continue
-        longest = max(longest, time.time() - begin)
-        print(f"{layout} on {len(chosen)}: {time.time() - begin:.0f} s", flush=True)
-        write_table(runs, options.out)
-    write_table(runs, options.out)
+    print(f"none: {time.time() - began:.0f} s", flush=True)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(map(len, planned), default=1), spawn, initializer=prepare_process) as pool:
+        spare = 1.0  # how much longer layouts take than expected
+        for number, batch in enumerate(planned):
+            begin, expected = time.time(), max(cell.seconds for cell in batch)
+            if begin - began + spare * expected > options.budget_s:
+                left += [(cell, case, "no time was left") for cell in batch for case in cell.cases]
+                continue
+            places = [f"{number}{'abcdefgh'[place]}" for place in range(len(batch))]
+            for cell, found in zip(
+                batch, pool.map(measure_layout, batch, repeat(folder), places), strict=True
+            ):
+                runs += found
+                if not found:
+                    left += [(cell, case, "this layout does not suit this case") for case in cell.cases]
+            spare = max(0.8 * spare, (time.time() - begin) / expected)
+            words = "; ".join(cell.words for cell in batch)
+            print(f"{words}: {time.time() - begin:.0f} s, expected {expected:.0f}", flush=True)
+            write_results(runs, left, folder, options.out)
+    write_results(runs, left, folder, options.out)
     print(options.out.read_text())
+    for cell, case, reason in left:
+        print(f"left out: {case.name}, {cell.words}: {reason}")
     print(json.dumps(table_rows(runs)))
-    return 0 if all(record.outcome == "finished" for _, record in runs) else 1
+    return 0 if all(record.outcome == "finished" for *_, record in runs) else 1
 
 
-def parse_case(text: str, overrides: Sequence[str]) -> Case:
-    model, video, steps, blocks, *more = (text + "::").split(":")
-    extra = [word for word in ":".join(more).strip(":").split(" ") if word]
-    return Case(model, video, int(steps), int(blocks) if blocks else None, (*extra, *overrides))
+def write_results(
+    runs: Sequence[Measured], left: Sequence[tuple[Cell, Case, str]], folder: Path, out: Path
+) -> None:
+    """Table and sweep.json: after every layout, for a call can be cut short."""
+    write_table(runs, out)
+    command = ["python", "scripts/bench_layouts.py", *sys.argv[1:]]
+    write_sweep(folder, command, [(run_folder, record) for _, run_folder, record in runs], left)
 
 
-def choose_cells(
-    cases: Sequence[Case], asked: Sequence[str], devices: Sequence[Device], counts: Sequence[int]
-) -> list[tuple[str, tuple[Device, ...]]]:
-    """(overrides, devices) of each layout, the most GPUs first. `all`: what the planner finds for the first case."""
-    cells = []
-    for count in sorted(counts, reverse=True):
-        chosen = tuple(devices[:count])
-        for words in asked:
-            if words == "all":
-                cells += [(found, chosen) for found in legal_layouts(cases[0], chosen)]
-            else:
-                cells.append((f"parallelism={words}", chosen))
-    return cells
-
-
-def legal_layouts(case: Case, devices: Sequence[Device]) -> list[str]:
-    """The overrides of every layout on all of `devices` that fits, the fastest by prediction first."""
-    from wanexp.planning.planner import plan_layouts
-
-    config = case.config()
-    profiles = [profile_for(config.hardware, device, conf_dir()) for device in devices]
-    planned = plan_layouts(config, devices, profiles)
-    fit = [c for c in planned.candidates if not c.rejection and len(c.devices) == len(devices) > 1]
-    return [
-        " ".join(word.strip("'") for word in c.settings.split(" ") if not word.startswith("'gpus="))
-        for c in fit
-    ]
-
-
-def predictions(cases: Sequence[Case], cells: Sequence[tuple[str, Sequence[Device]]]) -> list[dict[str, Any]]:
-    """What the planner says of every cell, before it runs."""
-    from wanexp.planning.planner import judge
-
-    rows = []
-    for case in cases:
-        for words, devices in cells:
-            config = case.config(*words.split())
-            profiles = [profile_for(config.hardware, device, conf_dir()) for device in devices]
-            found = judge(config, config.parallelism, devices, profiles)
-            rows.append({"case": case.name, "gpus": len(devices), "asked": words, **found.summary()})
-    return rows
+def prepare_process() -> None:
+    """Of a process that launches: its ranks are forked from one that has torch loaded."""
+    multiprocessing.set_forkserver_preload(["wanexp.preload"])
 
 
 def measure_none(
     cases: Sequence[Case], devices: Sequence[Device], folder: Path, fp32_blocks: int
-) -> list[tuple[str, Record]]:
+) -> list[Measured]:
     """Mode none on each device at the same time; each also computes the reference for the sample of its number."""
     from wanexp.planning.plan import RankPlan, is_lossy_run, make_plan
 
@@ -229,7 +204,7 @@ def measure_none(
     runs = []
     for case in cases:
         for number, device in enumerate(devices):
-            config = case.config("parallelism=none", f"gpus=[{device.index}]")
+            config = case.config("parallelism=none")  # not which GPU: they are repeats of one cell
             plan = make_plan(config, [device])
             where = folder / f"{case.name} none {device.label}".replace(" ", "_")
             job = Job(config, plan, where / "ranks", where, num_threads=1)
@@ -255,27 +230,28 @@ def measure_none(
                 tasks[number].append(Task(task_job, 0, "reference"))
     heard, telemetry, begin = launch_tasks(tasks, devices)
     return [
-        (case.name, finish_record(case, job, heard[job.folder], telemetry, begin, [], number))
+        (
+            case.name,
+            job.run_folder,
+            finish_record(case, job, heard[job.folder], telemetry, begin, [], number),
+        )
         for case, job, number in runs
     ]
 
 
-def measure_layout(
-    cases: Sequence[Case], overrides: Sequence[str], devices: Sequence[Device], folder: Path, number: int
-) -> list[tuple[str, Record]]:
-    """One layout, all cases in the same processes. Raises LayoutError where it suits none of them."""
+def measure_layout(cell: Cell, folder: Path, number: str) -> list[Measured]:
+    """One layout, all its cases in the same processes; nothing where it suits none of them."""
     from wanexp.planning.plan import make_plan
 
     tasks: list[list[Task]] = []
     jobs: list[tuple[Case, Job]] = []
-    refusal: LayoutError | None = None
-    for case in cases:
-        config = case.config(*overrides, f"gpus=[{','.join(str(device.index) for device in devices)}]")
+    overrides = [*cell.asked.split(), f"gpus=[{','.join(str(device.index) for device in cell.devices)}]"]
+    for case in cell.cases:
+        config = case.config(*overrides)
         try:
-            plan = make_plan(config, devices)
+            plan = make_plan(config, cell.devices)
         except LayoutError as error:
-            refusal = error
-            print(f"{case.name}: {error}")
+            print(f"{case.name}, {cell.words}: {error}")
             continue
         place = folder / f"{case.name} {config.parallelism.mode} {number}".replace(" ", "_")
         job = Job(config, plan, place / "ranks", place, num_threads=1)
@@ -283,11 +259,15 @@ def measure_layout(
         tasks = tasks or [[] for _ in plan.ranks]
         for rank in range(len(plan.ranks)):
             tasks[rank].append(Task(job, rank, blocks=case.blocks))
-    if refusal and not jobs:
-        raise refusal
-    heard, telemetry, begin = launch_tasks(tasks, devices)
+    if not jobs:
+        return []
+    heard, telemetry, begin = launch_tasks(tasks, cell.devices)
     return [
-        (case.name, finish_record(case, job, heard[job.folder], telemetry, begin, overrides, None))
+        (
+            case.name,
+            job.run_folder,
+            finish_record(case, job, heard[job.folder], telemetry, begin, overrides, None),
+        )
         for case, job in jobs
     ]
 
@@ -346,7 +326,7 @@ def run_tasks(tasks_of_ranks: list[list[Task]]) -> None:
         return owned, [torch_device(device) for device in owned]
 
     prepare_allocator(first.job, *devices_of(first))
-    with process_group(first.job.plan, first.rank, devices_of(first)[1][0], timeout_s=300):
+    with process_group(first.job.plan, first.rank, devices_of(first)[1][0], timeout_s=120):
         for task in tasks:
             owned, devices = devices_of(task)
             events = EventLog(task.job.folder, task.rank)
@@ -381,10 +361,12 @@ def finish_record(
     record = Record(
         run_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(3).hex()}",
         name=f"{job.config.parallelism.mode} {job.config.model.name}",
-        started=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        started=datetime.fromtimestamp(begin, UTC).isoformat(timespec="milliseconds"),
         requested=to_dict(job.config),
         command=["python", "scripts/bench_layouts.py"],
         overrides=[f"model={case.model}", f"video={case.video}", *case.overrides, *overrides],
+        sweep_id=job.run_folder.parent.name,
+        ended=datetime.now(UTC).isoformat(timespec="milliseconds"),
     )
     profile = profile_of(job)
     record.plan = plan_summary(job.plan)

@@ -3,21 +3,76 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wanexp.record import Record
 
-Runs = Sequence[tuple[str, Record]]
-"""The name of its case, and the record, of each run."""
+Runs = Sequence[tuple[str, Path, Record]]
+"""The name of its case, its folder, and the record, of each run."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Speed-up of the best latency layout on so many GPUs, or of those whose mode has `mode` in its name."""
+
+    model: str
+    video: str
+    gpus: int
+    speedup: float
+    mode: str = ""
+
+
+GOALS = (
+    Goal("wan2.1_t2v_14b", "720p", 4, 3.75),
+    Goal("wan2.1_t2v_14b", "720p", 8, 7.2),
+    Goal("wan2.1_t2v_14b", "480p", 4, 3.6),
+    Goal("wan2.1_t2v_14b", "480p", 8, 6.6),
+    Goal("wan2.1_t2v_14b", "480p", 4, 3.0, "block_distribution, interleaved"),
+    Goal("wan2.1_t2v_14b", "720p", 4, 3.0, "block_distribution, interleaved"),
+    Goal("wan2.1_t2v_1.3b", "480p", 8, 5.0),
+)
+
+
+def best_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The best latency layout (one sample) of each case and number of GPUs, and every goal, with what came of it."""
+    timed = [row for row in rows if row["outcome"] == "finished" and row.get("samples") == 1]
+    found = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        for gpus in sorted({row["GPUs"] for row in rows if row["GPUs"] > 1}):
+            goals = [g for g in GOALS if case == f"{g.model} {g.video}" and g.gpus == gpus]
+            for goal in [None, *(g for g in goals if g.mode)]:
+                general = next((g for g in goals if not g.mode), None)
+                asked = goal or general
+                own = [
+                    row
+                    for row in timed
+                    if row["case"] == case
+                    and row["GPUs"] == gpus
+                    and (goal is None or (row["mode"] == goal.mode and row["layout"] == f"blocks={gpus}"))
+                ]
+                best = max(own, key=lambda row: row["speed-up"], default=None)
+                words = f"{best['mode']}, {best['layout']}" if best else "not measured"
+                text = f"{best['speed-up']:.2f}x" if best else ""
+                want = f"{asked.speedup:g}x" if asked else ""
+                said = ""
+                if asked and best:
+                    said = (
+                        "reached"
+                        if best["speed-up"] >= asked.speedup
+                        else f"short by {1 - best['speed-up'] / asked.speedup:.1%}"
+                    )
+                found.append([case, str(gpus), words, text, want, said])
+    return found
 
 
 def table_rows(runs: Runs) -> list[dict[str, Any]]:
     """One row a run: step time, ratio to the mean of mode none, memory, use of each GPU, bytes sent, parity."""
     return [
         row
-        for case in dict.fromkeys(name for name, _ in runs)
-        for row in _case_rows([record for name, record in runs if name == case], case)
+        for case in dict.fromkeys(name for name, *_ in runs)
+        for row in _case_rows([record for name, _, record in runs if name == case], case)
     ]
 
 
@@ -35,6 +90,7 @@ def _case_rows(mine: Sequence[Record], case: str) -> Iterator[dict[str, Any]]:
         row: dict[str, Any] = {
             "case": case,
             "mode": record.effective["mode"] + placement,
+            "GPUs": len(labels),
             "layout": " x ".join(f"{name}={degree}" for name, degree in degrees.items()) or "one GPU",
             "outcome": record.outcome,
         }
@@ -71,7 +127,7 @@ def parity_words(metrics: dict[str, float]) -> str:
 
 def write_table(runs: Runs, out: Path) -> None:
     rows = table_rows(runs)
-    records = [record for _, record in runs]
+    records = [record for *_, record in runs]
     headers = list(dict.fromkeys(name for row in rows for name in row))
     first = next((record for record in records if record.environment.get("torch")), records[0])
     torch, devices = first.environment.get("torch", {}), first.effective["devices"]
@@ -88,6 +144,16 @@ def write_table(runs: Runs, out: Path) -> None:
         "Step: median of the timed steps after one for warm-up; two forwards (guidance). Speed-up: samples a second "
         "over the mean of mode none on each GPU. Parity: worst relative L2 of the predicted flow against mode none's, "
         "same kernels and shares of the batch; for none, of bf16 against fp32 over its first blocks.",
+        "",
+        "## The best layout of each case",
+        "",
+        "Of those that spread one sample over all GPUs, beside the goal where there is one.",
+        "",
+        "| case | GPUs | layout | speed-up | goal | |",
+        "| --- | ---: | --- | ---: | ---: | --- |",
+        *("| " + " | ".join(row) + " |" for row in best_rows(rows)),
+        "",
+        "## All runs",
         "",
         "| " + " | ".join(headers) + " |",
         "|" + " --- |" * len(headers),

@@ -15,6 +15,8 @@ import torch
 from wanexp.config import HardwareConfig
 from wanexp.errors import UserError
 from wanexp.hardware.devices import find_devices
+from wanexp.planning.planner import profile_devices
+from wanexp.report.collect import read_sweep
 from wanexp.wan.architecture import WanArchitecture
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +24,8 @@ sys.path.insert(0, str(ROOT / "scripts"))  # they are no package
 
 import bench_floor
 import bench_peers
+import layouts_study
+import layouts_table
 import peer_models
 import peer_run
 import peer_table
@@ -408,3 +412,63 @@ def test_every_legal_layout_runs_and_gives_the_same_answer(tmp_path):
     predicted = json.loads((tmp_path / "records" / "predictions.json").read_text())
     assert len(predicted) == len(rows) - 2
     assert sum(1 for _ in (tmp_path / "records").glob("*/record.json")) == len(rows)
+    sweep = read_sweep(tmp_path / "records")
+    labels = [cell.label for cell in sweep.cells]
+    assert len(labels) == len(rows) - 1 and "none, 1 CPU device" in labels  # on each device is a repeat
+    assert "hybrid, 2 CPU devices, cfg=2 x shard=2" in labels
+
+
+def test_goals_of_layouts_stand_beside_the_best_of_them():
+    def one(mode, layout, gpus, speedup, samples=1, outcome="finished"):
+        row = {
+            "case": "wan2.1_t2v_14b 720p",
+            "mode": mode,
+            "layout": layout,
+            "GPUs": gpus,
+            "outcome": outcome,
+        }
+        return row | {"speed-up": speedup, "samples": samples}
+
+    rows = [
+        one("none", "one GPU", 1, 1.0),
+        one("hybrid", "cfg=2 x ulysses=2", 4, 3.8),
+        one("data_parallel", "dp=4", 4, 4.0, samples=4),
+        one("tensor_parallel", "tp=4", 4, 5.0, outcome="inexact"),
+        one("block_distribution, interleaved", "blocks=4", 4, 1.5),
+    ]
+    assert layouts_table.best_rows(rows) == [
+        ["wan2.1_t2v_14b 720p", "4", "hybrid, cfg=2 x ulysses=2", "3.80x", "3.75x", "reached"],
+        [
+            "wan2.1_t2v_14b 720p",
+            "4",
+            "block_distribution, interleaved, blocks=4",
+            "1.50x",
+            "3x",
+            "short by 50.0%",
+        ],
+    ]
+
+
+def test_layouts_of_few_gpus_run_side_by_side():
+    devices = find_devices(HardwareConfig(name="cpu", device_type="cpu", num_devices=5))
+    cells = [
+        layouts_study.Cell(name, devices[:count]) for name, count in (("a", 2), ("b", 5), ("c", 2), ("d", 2))
+    ]
+    found = layouts_study.batches(cells, devices)
+    assert [[(cell.asked, [d.index for d in cell.devices]) for cell in batch] for batch in found] == [
+        [("a", [0, 1]), ("c", [2, 3])],
+        [("b", [0, 1, 2, 3, 4])],
+        [("d", [0, 1])],
+    ]
+
+
+def test_long_steps_are_left_out_and_modes_by_name_come_first():
+    case = layouts_study.parse_case("wan2.1_t2v_14b:480p:2", ["hardware=8x_h100"])
+    devices = profile_devices(case.config().hardware)[:4]
+    cells, left = layouts_study.choose_cells([case], ["all"], devices, [4, 2], max_step_s=5.0)
+    asked = [cell.asked for cell in cells]
+    assert asked.index("parallelism=tensor_parallel") < asked.index(
+        "parallelism=hybrid parallelism.ulysses=1 parallelism.tp=2"
+    )
+    assert {cell.asked for cell, _ in left} >= {"parallelism=data_parallel", "parallelism=fsdp"}
+    assert all(cell.seconds > layouts_study.START_S for cell in cells)

@@ -96,14 +96,30 @@ def test_labels_name_what_varies() -> None:
         "none, 1 GPU, attention=sdpa_math",
         "none, 1 GPU, attention=sdpa_flash",
     ]
-    degrees = [
-        record_of("context_parallel", 4, parallelism={"mode": "context_parallel", "ring": n}) for n in (1, 2)
+
+
+def test_layouts_are_named_by_the_degrees_that_ran() -> None:
+    def cell(mode: str, **degrees: int) -> Record:
+        record = record_of("context_parallel", 4, parallelism={"mode": mode, **degrees, "ulysses": -1})
+        record.effective |= {"mode": mode, "layout": {"dp": 1, "cfg": 1, **degrees}}
+        return record
+
+    plain, tp = cell("context_parallel", ulysses=4), cell("tensor_parallel", tp=4)
+    both, replicas = cell("context_parallel", ring=2, ulysses=2), cell("hybrid", dp=2, ulysses=2)
+    found = cells_of(record_of("none", 1), plain, tp, both, replicas)
+    assert [c.label for c in found] == [
+        "none, 1 GPU",
+        "context_parallel, 4 GPUs, ulysses=4",
+        "tensor_parallel, 4 GPUs",
+        "context_parallel, 4 GPUs, ring=2 x ulysses=2",
+        "hybrid, 4 GPUs, dp=2 x ulysses=2",
     ]
-    assert [c.options for c in cells_of(record_of("none", 1), *degrees)] == [
-        "",
-        "",
-        "ring=2",
-    ]
+    assert [c.kind for c in found] == ["latency"] * 4 + ["throughput"]
+
+
+def test_what_varies_between_settings_alone_is_not_named() -> None:
+    records = [record_of("none", 1), record_of("none", 1, num_steps=9, video={"name": "720p"})]
+    assert [c.label for c in cells_of(*records)] == ["none, 1 GPU"] * 2
 
 
 def test_cells_of_one_name_are_told_apart_by_their_gpus() -> None:

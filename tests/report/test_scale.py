@@ -29,10 +29,9 @@ print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mib": pe
 
 @pytest.mark.scale
 def test_a_thousand_runs(tmp_path: Path) -> None:
-    """Import and report in about a minute of processor time, in bounded memory.
+    """Import and report in under a minute, in bounded memory; 33 s were measured, on the clock 38.
 
-    Processor time, because what the clock says depends on who else uses the disk: a run is ten commits. Most of it is
-    MLflow's own, 45 ms a run. The limits leave room for a busy machine.
+    The limits are of processor time, which says the same on a busy machine; on the clock there is room for a slow disk.
     """
     records = []
     for index in range(NUM_RUNS):
@@ -56,7 +55,8 @@ def test_a_thousand_runs(tmp_path: Path) -> None:
     print(measured)
     start, imported, _, _ = measured["cpu_seconds"]
     fetch, read = (measured["cpu_seconds"][i + 1] - measured["cpu_seconds"][i] for i in (1, 2))
-    assert imported - start < 80  # its report at the end included
+    assert imported - start < 55  # its report at the end included
+    assert measured["seconds"][1] - measured["seconds"][0] < 120
     assert fetch < 45
     assert read < 20
     assert measured["peak_mib"] < 700

@@ -8,7 +8,7 @@ from typing import Any
 
 from wanexp.measure.comparison import Interval, median_interval, median_of
 from wanexp.record import Record
-from wanexp.report.modes import LATENCY, style_of
+from wanexp.report.modes import LATENCY, THROUGHPUT, style_of
 from wanexp.tracking import describe
 
 
@@ -34,6 +34,7 @@ class Cell:
     num_devices: int
     setting: str  # model, video and workload: cells of one setting are compared
     runs: list[Run] = field(default_factory=list)
+    layout: str = ""  # where the mode does not say it, `cfg=2 x ulysses=2`
     options: str = ""  # what else varies in the sweep, `attention=sdpa_math`
     suffix: str = ""  # tells cells of one name apart: their GPUs, else a number
     outcome: str = "waiting"
@@ -42,8 +43,14 @@ class Cell:
 
     @property
     def kind(self) -> str:
-        """`latency` or `throughput`: which cells it may share an axis with."""
-        return style_of(self.mode).kind
+        """`latency`, or `throughput` for anything with replicas: which cells it may share an axis with."""
+        return THROUGHPUT if self.degrees.get("dp", 1) > 1 else style_of(self.mode).kind
+
+    @cached_property
+    def degrees(self) -> dict[str, int]:
+        """The degrees of parallelism above 1 that ran, `{"cfg": 2, "ulysses": 2}`; empty where that is not known."""
+        layout = describe.mapping(self.record.effective.get("layout")) if self.runs else {}
+        return {name: degree for name, degree in layout.items() if isinstance(degree, int) and degree > 1}
 
     @property
     def on_cpu(self) -> bool:
@@ -51,8 +58,10 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """`context_parallel, 4 GPUs, attention=sdpa_math`."""
-        return ", ".join(filter(None, (self.mode, self.devices_label, self.options, self.suffix)))
+        """`context_parallel, 4 GPUs, ring=2 x ulysses=2, attention=sdpa_math`."""
+        return ", ".join(
+            filter(None, (self.mode, self.devices_label, self.layout, self.options, self.suffix))
+        )
 
     @property
     def devices_label(self) -> str:

@@ -33,6 +33,7 @@ NOT_SETTINGS = (  # keys that do not change what is measured
     "sweep_report",
     "hardware.usd_per_gpu_hour",
 )
+DEGREES = ("dp", "cfg", "ring", "ulysses", "tp", "shard", "blocks")
 IN_TITLE = ("model", "video", "workload")  # these make the setting, not the cell
 
 
@@ -160,17 +161,21 @@ def _absent_cell(entry: Mapping[str, Any], setting: str) -> Cell:
 
 
 def _name_options(cells: Sequence[Cell]) -> None:
-    """Give each cell the settings that tell it from others, and the GPUs' names where nothing else does."""
-    flats = [settings_of(cell.record) for cell in cells]
-    common = _varying(flats)
-    for mode in {cell.mode for cell in cells}:
-        own = [flat for cell, flat in zip(cells, flats, strict=True) if cell.mode == mode]
-        layout = {key for key in _varying(own) if key.startswith("parallelism.") and not key.endswith(".dp")}
-        for cell, flat in zip(cells, flats, strict=True):
-            if cell.mode == mode:
-                keys = [key for key in sorted(common) if _is_option(key, common)]
-                keys += [key for key in sorted(layout) if flat.get(key) != "1"]  # a degree of 1 says nothing
-                cell.options = " ".join(_option(key, flat.get(key)) for key in keys)
+    """Give each cell what tells it from others of its setting: its degrees, other settings, and the GPUs' names where
+    nothing else does."""
+    flats = {id(cell): settings_of(cell.record) for cell in cells}
+    for setting in {cell.setting for cell in cells}:
+        alike = [cell for cell in cells if cell.setting == setting]
+        common = _varying([flats[id(cell)] for cell in alike])
+        for mode in {cell.mode for cell in alike}:
+            own = [cell for cell in alike if cell.mode == mode]
+            placed = {key for key in _varying([flats[id(cell)] for cell in own]) if _is_placement(key)}
+            keys = [key for key in sorted(common) if _is_option(key, common)] + sorted(placed)
+            several = len({tuple(cell.degrees) for cell in own if cell.degrees}) > 1
+            for cell in own:
+                cell.options = " ".join(_option(key, flats[id(cell)].get(key)) for key in keys)
+                if cell.degrees and (several or (mode not in ("none", "fsdp") and len(cell.degrees) > 1)):
+                    cell.layout = " x ".join(f"{name}={degree}" for name, degree in cell.degrees.items())
     for attempt in (_device_names, _number):
         count = Counter((cell.setting, cell.label) for cell in cells)
         for index, cell in enumerate(cells):
@@ -179,7 +184,9 @@ def _name_options(cells: Sequence[Cell]) -> None:
 
 
 def _option(key: str, value: str | None) -> str:
-    """`attention=sdpa_math`, `block_placement=interleaved`."""
+    """`attention=sdpa_math`, `interleaved`."""
+    if key == "parallelism.block_placement":
+        return str(value)
     return f"{key.removesuffix('.name').removeprefix('parallelism.')}={value}"
 
 
@@ -195,6 +202,11 @@ def _varying(flats: Sequence[Mapping[str, str]]) -> set[str]:
     """Keys that have not the same value everywhere."""
     keys = {key for flat in flats for key in flat}
     return {key for key in keys if len({flat.get(key) for flat in flats}) > 1}
+
+
+def _is_placement(key: str) -> bool:
+    """Whether a key of `parallelism` is no degree: those that ran are in the cell's layout."""
+    return key.startswith("parallelism.") and key.partition(".")[2] not in ("mode", *DEGREES)
 
 
 def _is_option(key: str, varying: set[str]) -> bool:

@@ -29,7 +29,7 @@ from wanexp.tracking.describe import cut, mapping
 
 CAPACITY_COLOUR = "#B00020"
 MAX_PANELS, PANELS_A_ROW = 6, 3
-MAX_LABELS = 30
+MAX_LABELS = 12  # of points; with more of them those on the front alone are named
 DEVICE_HEIGHT, GAP = 0.11, 0.12  # inches a bar, and between cells
 PHASE_COLOURS = ("#F2F2F2", "#FFFFFF")
 
@@ -145,7 +145,7 @@ def tradeoff(cells: Sequence[Cell], kind: str) -> Drawn | None:
             markeredgecolor="black" if on_front else "none",
             alpha=1.0 if on_front else 0.7,
         )
-        text = cut(cell.devices_label + (f", {cell.options}" if cell.options else ""), MAX_LABEL)
+        text = cut(", ".join(filter(None, (cell.devices_label, cell.layout, cell.options))), MAX_LABEL)
         spot = (text, round(20 * (cell.peak_gib or 0.0) / widest), round(20 * cell.time_ms(kind) / most))
         if cell in labelled and spot not in written:  # two of one text on one spot are unreadable
             written.add(spot)

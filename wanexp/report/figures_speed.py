@@ -55,15 +55,25 @@ def scaling(cells: Sequence[Cell], kind: str, wanted: str | None = None) -> Draw
     ideal = [count / base.num_devices for count in counts]
     left.plot(counts, ideal, "--", color=GREY, linewidth=1.2)
     right.axhline(100, linestyle="--", color=GREY, linewidth=1.2)
-    series: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
+    series: dict[tuple[object, ...], list[tuple[int, float, float]]] = {}
     for cell_base, cell in pairs:
         point = (cell.num_devices, answers.gain(cell_base, cell), answers.efficiency(cell_base, cell))
-        series.setdefault((cell.mode, cell.options), []).append(point)
-    for (mode, _), points in series.items():
-        style = style_of(mode)
-        x, gains, efficiencies = zip(*sorted(points), strict=True)
-        for axes, y in ((left, gains), (right, [100 * value for value in efficiencies])):
-            axes.plot(x, y, color=style.colour, marker=style.marker, markersize=6, linewidth=1.6, alpha=0.85)
+        series.setdefault((cell.mode, tuple(cell.degrees), cell.options), []).append(point)
+    for (mode, *_), points in series.items():
+        style = style_of(str(mode))
+        fastest = sorted({point[0]: point for point in sorted(points)}.values())  # of several of one count
+        for axes, place, scale in ((left, 1, 1), (right, 2, 100)):
+            for shown_points, line in ((points, ""), (fastest, "-")):
+                axes.plot(
+                    [point[0] for point in shown_points],
+                    [scale * point[place] for point in shown_points],
+                    color=style.colour,
+                    marker=style.marker if not line else "",
+                    linestyle=line,
+                    markersize=6,
+                    linewidth=1.4,
+                    alpha=0.8,
+                )
     for axes, y_base in ((left, 1), (right, 100)):
         axes.plot(
             base.num_devices, y_base, marker=style_of(base.mode).marker, color=style_of(base.mode).colour
@@ -81,7 +91,7 @@ def scaling(cells: Sequence[Cell], kind: str, wanted: str | None = None) -> Draw
     extra = [Line2D([], [], linestyle="--", color=GREY, label="ideal")]
     if lost:
         extra.append(Line2D([], [], linestyle="", marker="x", color=GREY, label="out of memory"))
-    modes = [base.mode, *(mode for mode, _ in series), *(cell.mode for cell in lost)]
+    modes = [base.mode, *(str(mode) for mode, *_ in series), *(cell.mode for cell in lost)]
     legend_of_modes(left, modes, *extra, loc="upper left")
     right.set_ylim(0, max(108, right.get_ylim()[1]))
     best = max(others, key=lambda cell: answers.gain(base, cell))
@@ -92,11 +102,14 @@ def scaling(cells: Sequence[Cell], kind: str, wanted: str | None = None) -> Draw
 @styled
 def times(cells: Sequence[Cell], kind: str) -> Drawn | None:
     """A row a cell: every step as a point, the median as a line, its interval as a bar."""
-    own, remark = shown([cell for cell in cells if cell.kind == kind])
+    own = sorted(
+        (cell for cell in cells if cell.kind == kind),
+        key=lambda cell: cell.interval.median if cell.interval else float("inf"),
+    )
+    own, remark = shown(own)
     timed = [cell for cell in own if cell.interval]
     if not timed:
         return None
-    own = sorted(own, key=lambda cell: cell.interval.median if cell.interval else float("inf"))
     title = "Step time, latency modes" if kind == LATENCY else "Time a sample, throughput modes"
     figure, (axes,) = sheet(
         title,

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     states: Counter[str] = Counter()
     for path in paths:
         try:
-            tracked = track(read_record(path), path.parent, tracking)
+            tracked = track(read_record(path), path.parent, tracking, many=True)
         except UserError as error:
             states["failed"] += 1
             print(f"failed   {error}")

@@ -6,17 +6,21 @@ seconds.
 """
 
 import fcntl
+import functools
 import json
 import logging
 import os
+import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 import yaml
 
@@ -24,6 +28,7 @@ from wanexp.config import TrackingConfig
 from wanexp.errors import UserError
 from wanexp.record import FILE_NAME, Record
 from wanexp.tracking import describe
+from wanexp.tracking.database import RunRows, can_write, has_tag, write_run
 from wanexp.tracking.location import (
     is_http,
     resolve_uri,
@@ -44,9 +49,11 @@ EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # else the UI opens on a GenAI page
     VIEW_TAG: view_state(),
 }
+RECORD_TAG = "wanexp.run_id"
 COMPLETE_TAG = "wanexp.logged"  # set last: a run without it is half of one
 METRICS_PER_CALL, PARAMS_PER_CALL = 899, 100  # MLflow's limits: 100 params, 1000 values of all kinds
 MAX_LOG_BYTES = 1 << 20  # larger logs of ranks stay in the run's folder
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast
 LOCK_S = 60.0  # how long another process may hold the database
 ENVIRONMENT = {  # MLflow's settings where the user has none
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -71,17 +78,17 @@ class Tracked:
     state: str = "failed"
 
 
-def track(record: Record, folder: Path, tracking: TrackingConfig) -> Tracked:
+def track(record: Record, folder: Path, tracking: TrackingConfig, *, many: bool = False) -> Tracked:
     """Store `record`, whose files are in `folder`, as one MLflow run. Raises nothing.
 
     To be called once record.json exists. A record that is in the experiment already is left alone; half of
-    one (after a crash, or when a server went away) is replaced.
+    one (after a crash, or when a server went away) is replaced. many: one of many; a database gets it as rows.
     """
     folder = folder.absolute()
     if not tracking.enabled:
         return Tracked(None, [f"MLflow: off. {_how_to_import(folder, tracking)}"], "off")
     try:
-        return _track(record, folder, tracking, resolve_uri(tracking.uri))
+        return _track(record, folder, tracking, resolve_uri(tracking.uri), many)
     except ImportError as error:
         name = (error.name or "mlflow").partition(".")[0]
         problem = f"{name} is not installed; pip install mlflow"
@@ -92,7 +99,7 @@ def track(record: Record, folder: Path, tracking: TrackingConfig) -> Tracked:
     return Tracked(None, [f"MLflow has no copy of this run: {problem}", _how_to_import(folder, tracking)])
 
 
-def _track(record: Record, folder: Path, tracking: TrackingConfig, uri: str) -> Tracked:
+def _track(record: Record, folder: Path, tracking: TrackingConfig, uri: str, many: bool) -> Tracked:
     shown = without_password(uri)
     if is_http(uri) and (problem := server_answers(uri, tracking.timeout_s)):
         raise UserError(f"the server {shown} does not answer ({problem})")
@@ -104,20 +111,27 @@ def _track(record: Record, folder: Path, tracking: TrackingConfig, uri: str) -> 
     with _locked(database) if database else nullcontext():
         client = client_class(tracking_uri=uri)
         experiment_id = _experiment(client, tracking.experiment, database)
-        present = _find(client, experiment_id, record.run_id)
+        as_rows = many and can_write(uri) and _local_artifacts(uri, experiment_id)
+        if as_rows and not has_tag(uri, RECORD_TAG, record.run_id):
+            present = None
+        else:
+            present = _find(client, experiment_id, record.run_id)
         if present:
             url = run_link(uri, experiment_id, present)
             return Tracked(
                 url, [f"MLflow: this run is in {shown} already", *_links(uri, url, tracking)], "present"
             )
-        run = client.create_run(
-            experiment_id,
-            start_time=describe.start_ms(record) or round(time.time() * 1000),
-            tags=tags_with_note(record, folder),
-            run_name=describe.run_name(record),
-        )
-        lines = _fill(client, run.info.run_id, record, folder, alive=lambda: _alive(uri, tracking.timeout_s))
-    url = run_link(uri, experiment_id, run.info.run_id)
+        if as_rows:
+            run_id, lines = _write_rows(uri, experiment_id, as_rows, record, folder)
+        else:
+            run_id = client.create_run(
+                experiment_id,
+                start_time=_start_ms(record),
+                tags=tags_with_note(record, folder),
+                run_name=describe.run_name(record),
+            ).info.run_id
+            lines = _fill(client, run_id, record, folder, alive=lambda: _alive(uri, tracking.timeout_s))
+    url = run_link(uri, experiment_id, run_id)
     head = f"MLflow: experiment {tracking.experiment} in {shown}"
     return Tracked(url, [head, *_links(uri, url, tracking), *lines], "logged")
 
@@ -128,7 +142,7 @@ def _fill(client: "MlflowClient", run_id: str, record: Record, folder: Path, *, 
     try:
         lines = _log_files(client, run_id, record, folder)
         _log_values(client, run_id, record)
-        client.set_terminated(run_id, STATUS.get(record.outcome, "FAILED"), end)
+        client.set_terminated(run_id, _status(record), end)
     except BaseException as error:
         # A run that is left RUNNING stays so for ever. A server that went away would only cost time here.
         if alive():
@@ -139,6 +153,54 @@ def _fill(client: "MlflowClient", run_id: str, record: Record, folder: Path, *, 
                 logging.getLogger(__name__).debug("the run could not be ended: %s", second)
         raise
     return lines
+
+
+def _write_rows(
+    uri: str, experiment_id: str, location: str, record: Record, folder: Path
+) -> tuple[str, list[str]]:
+    """The run with its files, written past MLflow: its id, and warnings. location: of the experiment's artifacts."""
+    run_id = uuid.uuid4().hex
+    artifact_uri = f"{location.rstrip('/')}/{run_id}/artifacts"
+    place = Path(unquote(urlsplit(artifact_uri).path))
+    place.mkdir(parents=True)
+    _write_record_files(record, folder, place)
+    files, lines = artifact_files(record, folder)
+    for relative in files:
+        (place / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / relative, place / relative)
+    rows = RunRows(
+        run_id,
+        experiment_id,
+        artifact_uri,
+        name=describe.run_name(record),
+        status=_status(record),
+        start_ms=_start_ms(record),
+        end_ms=describe.end_ms(record) or round(time.time() * 1000),
+        tags={**tags_with_note(record, folder), COMPLETE_TAG: "complete"},
+        params=describe.params_of(record),
+        points=describe.points_of(record),
+    )
+    try:
+        write_run(uri, rows)
+    except BaseException:
+        shutil.rmtree(place.parent, ignore_errors=True)
+        raise
+    return run_id, lines
+
+
+@functools.cache  # an experiment never moves
+def _local_artifacts(uri: str, experiment_id: str) -> str:
+    """Where the experiment keeps its artifacts, if in a folder of this machine; else empty."""
+    location = str(_import_client()(tracking_uri=uri).get_experiment(experiment_id).artifact_location or "")
+    return location if urlsplit(location).scheme in ("", "file") else ""
+
+
+def _status(record: Record) -> str:
+    return STATUS.get(record.outcome, "FAILED")
+
+
+def _start_ms(record: Record) -> int:
+    return describe.start_ms(record) or round(time.time() * 1000)
 
 
 def tags_with_note(record: Record, folder: Path) -> dict[str, str]:
@@ -164,23 +226,31 @@ def _log_values(client: "MlflowClient", run_id: str, record: Record) -> None:
 def _log_files(client: "MlflowClient", run_id: str, record: Record, folder: Path) -> list[str]:
     """The record, the composed config, the record's artifacts, small logs. Returns a line a path refused."""
     with tempfile.TemporaryDirectory(prefix="wanexp-") as temporary:
-        draft = Path(temporary)
-        for name, content, source in (
-            (FILE_NAME, record.__dict__, folder / FILE_NAME),
-            ("config.yaml", record.requested, folder / ".hydra" / "config.yaml"),
-        ):
-            if source.is_file():
-                (draft / name).write_bytes(source.read_bytes())
-            else:
-                as_json = name.endswith(".json")
-                text = json.dumps(content, indent=1) if as_json else yaml.safe_dump(content, sort_keys=False)
-                (draft / name).write_text(text)
-        client.log_artifacts(run_id, str(draft))
+        _write_record_files(record, folder, Path(temporary))
+        client.log_artifacts(run_id, temporary)
     files, lines = artifact_files(record, folder)
     for relative in files:
         parent = relative.parent.as_posix()
         client.log_artifact(run_id, str(folder / relative), None if parent == "." else parent)
     return lines
+
+
+def _write_record_files(record: Record, folder: Path, place: Path) -> None:
+    """record.json and config.yaml, of a record whose files are in `folder`, or made from what it says."""
+    for name, content, source in (
+        (FILE_NAME, record.__dict__, folder / FILE_NAME),
+        ("config.yaml", record.requested, folder / ".hydra" / "config.yaml"),
+    ):
+        if source.is_file():
+            shutil.copyfile(source, place / name)
+        else:
+            as_json = name.endswith(".json")
+            text = (
+                json.dumps(content, indent=1)
+                if as_json
+                else yaml.dump(content, Dumper=DUMPER, sort_keys=False)
+            )
+            (place / name).write_text(text)
 
 
 def artifact_files(record: Record, folder: Path) -> tuple[list[Path], list[str]]:
@@ -231,7 +301,7 @@ def _experiment(client: "MlflowClient", name: str, database: Path | None) -> str
 def _find(client: "MlflowClient", experiment_id: str, record_id: str) -> str | None:
     """The whole MLflow run of this record, if any; halves of one are deleted."""
     whole = None
-    for run in client.search_runs([experiment_id], f"tags.`wanexp.run_id` = {quoted(record_id)}"):
+    for run in client.search_runs([experiment_id], f"tags.`{RECORD_TAG}` = {quoted(record_id)}"):
         if run.data.tags.get(COMPLETE_TAG) and run.info.status != "RUNNING":
             whole = run.info.run_id
         else:
