@@ -34,9 +34,12 @@ class Piece:
     dtype: torch.dtype
     offset: int
 
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
     def view(self, flat: Tensor) -> Tensor:
-        num_bytes = torch.Size(self.shape).numel() * self.dtype.itemsize
-        return flat[self.offset : self.offset + num_bytes].view(self.dtype).view(self.shape)
+        return flat[self.offset : self.offset + self.num_bytes].view(self.dtype).view(self.shape)
 
 
 def pieces_of(block: nn.Module) -> tuple[tuple[Piece, ...], int]:
@@ -52,8 +55,7 @@ def lay_out(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> tupl
     pieces, offset = [], 0
     for name, shape, dtype in tensors:
         pieces.append(Piece(name, shape, dtype, offset))
-        num_bytes = torch.Size(shape).numel() * dtype.itemsize
-        offset += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        offset += -(-pieces[-1].num_bytes // ALIGNMENT) * ALIGNMENT
     return tuple(pieces), offset
 
 
