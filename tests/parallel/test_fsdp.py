@@ -287,6 +287,22 @@ def test_same_as_unsharded(world):
         assert results["autocast"]["difference"] <= 1e-6
 
 
+@pytest.mark.multi_gpu
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_blocks_are_read_from_the_memory_of_other_gpus():
+    from tests.parallel.gpu_ranks import WIDE, shards_on_gpus
+
+    block, outer = 2 * WIDE.num_block_parameters(), 2 * WIDE.num_outer_parameters()
+    for results in shards_on_gpus(2):
+        assert results["different"] == []
+        assert results["num_late"] == 0 and results["num_copies"] == WIDE.num_layers
+        assert results["sent"] == WIDE.num_layers * block // 2
+        assert results["peer_bytes"] == pytest.approx(WIDE.num_layers * block / 2, rel=0.01)
+        # Two blocks and what is outside of them; the inputs and results of the test are small beside it.
+        assert results["torch_bytes"] == pytest.approx(2 * block + outer, rel=0.1)
+
+
 def test_shards_are_those_of_chunk():
     for rows in (1, 2, 5, 6, 7, 64):
         for degree in (1, 2, 3, 4, 8):

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 
 from wanexp.offload.block_buffers import Ring, Slot, lay_out, pieces_of, place_of, take_turns
 from wanexp.parallel.peer_memory import ALIGNMENT, PeerMemory
-from wanexp.parallel.shares import shard_part
+from wanexp.parallel.shares import SHARD_BUFFERS, shard_part
 from wanexp.parallel.traffic import Traffic, fsdp_bytes
 from wanexp.wan.transformer import WanTransformer
-
-BUFFERS = 2  # the block in use and the next
 
 
 class PeerShards:
@@ -74,7 +72,7 @@ class PeerShards:
                     for flat, parts in zip(flats, self._rows, strict=True)
                 ]
             )
-        self.ring = Ring(memory.device, range(len(blocks)), self._copy, pieces, num_bytes, BUFFERS)
+        self.ring = Ring(memory.device, range(len(blocks)), self._copy, pieces, num_bytes, SHARD_BUFFERS)
         for index, block in enumerate(blocks):
             own = self._shards[index][memory.rank]
             for piece, home in zip(pieces, own, strict=True):
