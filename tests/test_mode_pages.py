@@ -153,6 +153,8 @@ def test_fsdp():
     training = fsdp_bytes(parameters, element_size=4, shards=2, training=True)
     hsdp = fsdp_bytes(parameters, element_size=4, shards=2, replicas=2, training=True)
     assert f"{forward / 1e9:.1f} GB a forward, {block / 1e9:.2f} GB of it a block" in page
+    copied = ARCHITECTURE.num_layers * block
+    assert f"(copies: {copied / 1e9:.1f} GB)" in page
     assert f"(e = 4): {training / 1e9:.1f} GB a step" in page and f"on 4 GPUs: {hsdp / 1e9:.1f} GB" in page
     assert f"{held(Layout(dp=2, shard=2)):.1f} GiB of shards" in page
 

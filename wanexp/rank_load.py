@@ -26,6 +26,7 @@ from wanexp.parallel.block_distribution import position_of
 from wanexp.parallel.groups import Groups
 from wanexp.parallel.loading import Loader
 from wanexp.parallel.parallelize import ParallelModel, divide_weights, parallelize_wan
+from wanexp.parallel.peer_shards import PeerShards
 from wanexp.parallel.shares import part_of_rank
 from wanexp.wan.attention_choice import Choice, attention_shapes
 from wanexp.wan.attention_probe import probe
@@ -94,10 +95,12 @@ class RankLoader:
         models, swaps, reports = [], [], []
         for source in sources:
             model = self.empty_model()
-            traffic = divide_weights(model, self.plan, self.groups, training=self.training)
+            traffic, shards = divide_weights(model, self.groups, training=self.training)
             quantize_linears(model, config.precision.linear)
             swap = self.swap_blocks(model)
-            reports.append(self.fill(model, source, swap, loader))
+            reports.append(self.fill(model, source, swap or shards, loader))
+            if shards:
+                shards.complete()
             swaps += [swap] if swap else []
             model.set_attention(attention.kernel, cross_attention.kernel)
             model.set_kernels(kernels)
@@ -218,20 +221,24 @@ class RankLoader:
         )
 
     def fill(
-        self, model: WanTransformer, source: WeightSource, swap: BlockSwap | None, loader: Loader | None
+        self,
+        model: WanTransformer,
+        source: WeightSource,
+        homes: BlockSwap | PeerShards | None,
+        loader: Loader | None,
     ) -> LoadReport:
-        """Load the weights that this rank holds."""
+        """Load the weights that this rank holds. homes: where those of blocks lie that have buffers to compute from."""
         load_device = self.config.offload.load_device
         settings: dict[str, Any] = {
             "device_of": lambda name: loading_device(load_device, self.owner(name)),
             "requires_grad": self.training,
             "on_tensor": self.progress(model),
-            "into": swap.into if swap else None,
+            "into": homes.into if homes else None,
         }
         report = loader.load(model, source, **settings) if loader else load_weights(model, source, **settings)
         if load_device == "offload_device":
             move_to_owners(
-                model, self.owner, stays=lambda name: swap is not None and swap.into(name) is not None
+                model, self.owner, stays=lambda name: homes is not None and homes.into(name) is not None
             )
         return report
 

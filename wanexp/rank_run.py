@@ -106,8 +106,17 @@ class RankRun:
         """The experts, with this rank's part of the record."""
         loaded = RankLoader(self.job, self.rank, self.owned, self.devices, groups, self.events).load()
         self.stopwatch.synchronize()
+        if self.config.hardware.enforce_memory and bytes_in_use():
+            self._lower_cap()
         self.report |= {"load": loaded.report, "effective": loaded.effective}
         return loaded
+
+    def _lower_cap(self) -> None:
+        """Have torch's allocator leave room, under its cap, for the peer memory that it knows nothing of."""
+        device = self.devices[0]
+        before = torch.cuda.get_per_process_memory_fraction(device)
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(max(0.0, before - bytes_in_use() / whole), device)
 
     def make_workload(self, models: Sequence[ParallelModel], samples: Samples) -> Workload:
         if not self.training:

@@ -104,6 +104,9 @@ def process_group(plan: Plan, rank: int, device: torch.device, *, timeout_s: flo
         world_size=plan.layout.num_ranks,
     )
     yield  # not destroyed when something goes wrong: that could wait for ranks that are gone
+    if device.type == "cuda":  # nobody's memory goes while another rank still copies from it
+        torch.cuda.synchronize(device)
+        dist.barrier()
     dist.destroy_process_group()
 
 

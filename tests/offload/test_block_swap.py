@@ -10,7 +10,8 @@ import torch
 from tests.offload.models import SMALL, inputs, load, meta_model
 from tests.parallel.ranks import on_ranks
 from wanexp.errors import UserError
-from wanexp.offload.block_swap import ALIGNMENT, BlockSwap, pieces_of, swap_blocks
+from wanexp.offload.block_buffers import ALIGNMENT, pieces_of
+from wanexp.offload.block_swap import BlockSwap, swap_blocks
 from wanexp.offload.host_memory import host_buffer
 from wanexp.offload.load_device import loading_device, move_to_owners
 from wanexp.offload.swap_plan import swapped_blocks

@@ -1,25 +1,48 @@
-"""Two ranks on two GPUs with NCCL, for what gloo cannot show."""
+"""Ranks on GPUs of their own with NCCL, for what gloo cannot show."""
 
+import dataclasses
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from wanexp.parallel.peer_memory import open_peer_memory
+from tests.offload.models import SMALL, inputs, load, meta_model
+from wanexp.parallel.loading import Loader
+from wanexp.parallel.peer_memory import PeerMemory, bytes_in_use, open_peer_memory
+from wanexp.parallel.peer_shards import shard_over_peers
+from wanexp.parallel.shares import shard_part
 from wanexp.parallel.traffic import Traffic
 from wanexp.parallel.ulysses import Exchange
+from wanexp.wan.transformer import first_blocks
+from wanexp.wan.weights import RandomWeights
+
+# 8 blocks of 32 MiB
+WIDE = dataclasses.replace(SMALL, dim=1024, ffn_dim=4096, num_heads=8, num_layers=8)
 
 
 def exchange_on_gpus(world_size: int) -> list[list[float]]:
     """Largest difference between what copies and collectives carry, for each of many attentions, by rank."""
+    return _on_gpus(world_size, _exchange)
+
+
+def shards_on_gpus(world_size: int) -> list[dict[str, Any]]:
+    """By rank, what became of forwards with shards in peer memory: see `_shards`."""
+    return _on_gpus(world_size, _shards)
+
+
+def _on_gpus(world_size: int, function: Callable[[torch.device, PeerMemory], Any]) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_exchange, (world_size, folder), nprocs=world_size, start_method="spawn")
+        mp.start_processes(_enter, (world_size, folder, function), nprocs=world_size, start_method="spawn")
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
 
 
-def _exchange(rank: int, world_size: int, folder: str) -> None:
+def _enter(
+    rank: int, world_size: int, folder: str, function: Callable[[torch.device, PeerMemory], Any]
+) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group(
@@ -33,6 +56,14 @@ def _exchange(rank: int, world_size: int, folder: str) -> None:
     assert group is not None
     memories = open_peer_memory([group], device)
     assert memories is not None
+    torch.save(function(device, memories[0]), Path(folder) / f"{rank}.pt")
+    torch.cuda.synchronize(device)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _exchange(device: torch.device, memory: PeerMemory) -> list[float]:
+    rank, group = memory.rank, memory.group
     differences = []
     torch.manual_seed(rank)
     for tokens, heads, batch in ((37, 5, 1), (1000, 12, 2), (999, 3, 1), (5000, 40, 1), (37, 5, 1)) * 4:
@@ -40,8 +71,8 @@ def _exchange(rank: int, world_size: int, folder: str) -> None:
         shapes = (batch, shares[rank], heads, 64)
         q, k, v = (torch.randn(shapes, device=device).bfloat16() for _ in range(3))
         results = []
-        for memory in (None, memories[0]):
-            exchange = Exchange(group, lambda shares=shares: shares, Traffic(), memory)
+        for carrier in (None, memory):
+            exchange = Exchange(group, lambda shares=shares: shares, Traffic(), carrier)
             for _ in range(3):  # one after the other, so that places are written to again
                 sent = exchange.send(v), exchange.send(k)
                 out = exchange.attend(
@@ -49,5 +80,55 @@ def _exchange(rank: int, world_size: int, folder: str) -> None:
                 )
             results.append(out)
         differences.append((results[0].float() - results[1].float()).abs().max().item())
-    torch.save(differences, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return differences
+
+
+def _shards(device: torch.device, memory: PeerMemory) -> dict[str, Any]:
+    """Forwards that differ from those of the whole model, memory and counters.
+
+    Ranks run as they like: each a different number of first blocks, and a slow stream on one rank at a time.
+    """
+    plain, model = meta_model(WIDE, torch.bfloat16), meta_model(WIDE, torch.bfloat16)
+    load(plain, RandomWeights(WIDE), device=device)
+    given = inputs(WIDE, device=str(device))
+    with torch.inference_mode():
+        plain(**given)  # what kernels keep for themselves is there from now on
+    torch.cuda.synchronize(device)
+    before, peer_bytes = torch.cuda.memory_allocated(device), bytes_in_use()
+    shards = shard_over_peers(model, PeerMemory(memory.group, device))
+    loader = Loader(
+        WIDE,
+        part_of=lambda rank, name, shape: shard_part(shape, degree=memory.size, index=rank),
+        nodes=[range(memory.size)],
+        rank=memory.rank,
+        home=device,
+    )
+    loader.load(model, RandomWeights(WIDE), device_of=lambda _: device, into=shards.into)
+    shards.complete()
+    different, ring = [], shards.ring
+    with torch.inference_mode():
+        if not torch.equal(model.embed_text(given["text"]), plain.embed_text(given["text"])):
+            different.append("embed_text")
+        for number in range(24):
+            slow = (ring.stream, torch.cuda.current_stream(device), None)[number % 3]
+            if slow is not None and number % memory.size == memory.rank:
+                with torch.cuda.stream(slow):
+                    torch.cuda._sleep(20_000_000)
+            k = (8, 8, 2, 5, 1, 8, 3)[(number + memory.rank) % 7]
+            with first_blocks(model, k), first_blocks(plain, k):
+                found = model(**given)
+                if not torch.equal(found, plain(**given)):
+                    different.append(f"forward {number}, {k} blocks")
+        for _ in range(3):
+            model(**given)
+        ring.reset()
+        shards.traffic.reset()
+        model(**given)
+    return {
+        "different": different,
+        "num_late": ring.num_late,
+        "num_copies": ring.num_copies,
+        "sent": shards.traffic.num_bytes,
+        "peer_bytes": bytes_in_use() - peer_bytes,
+        "torch_bytes": torch.cuda.memory_allocated(device) - before,
+    }

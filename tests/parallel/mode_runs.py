@@ -1,14 +1,19 @@
 """A run and its reference as the worker processes carry them out; imports nothing that ranks would wait for."""
 
 import dataclasses
+from itertools import count
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from tests.parallel.shared_memory import SharedMemory
 from wanexp.events import EventLog
 from wanexp.job import Job
-from wanexp.parallel import cfg_parallel
+from wanexp.parallel import cfg_parallel, parallelize
+from wanexp.parallel.groups import Groups
 from wanexp.planning.plan import reference_plan
 from wanexp.rank_run import RankRun, Workload
 from wanexp.runner import exact_kernels
@@ -30,9 +35,9 @@ class WatchedRun(RankRun):
         super().leave_flows(workload, *arguments)
 
 
-def start(job: Job, rank: int) -> WatchedRun:
+def start(job: Job, rank: int, kind: type[WatchedRun] = WatchedRun) -> WatchedRun:
     owned = [job.plan.devices[position] for position in job.plan.ranks[rank].devices]
-    return WatchedRun(job, rank, owned, [torch.device("cpu")] * len(owned), EventLog(job.folder, rank))
+    return kind(job, rank, owned, [torch.device("cpu")] * len(owned), EventLog(job.folder, rank))
 
 
 def run_all(rank: int, jobs: dict[str, Job]) -> dict[str, dict]:
@@ -44,6 +49,28 @@ def run_all(rank: int, jobs: dict[str, Job]) -> dict[str, dict]:
         answer = weights_of(run.workloads[0]) if run.training else run.latents
         results[name] = {"answer": answer, "report": report}
     return results
+
+
+class RunOverPeers(WatchedRun):
+    """With shards in memory that other ranks read from, which files stand for (`SharedMemory`)."""
+
+    def check_links(self) -> Groups:
+        groups = super().check_links()
+        folders = (str(self.job.folder / f"memory{number}") for number in count())
+
+        def memory(group: ProcessGroup, _device: torch.device) -> SharedMemory:
+            Path(folder := next(folders)).mkdir(exist_ok=True)
+            return SharedMemory(group, folder)
+
+        parallelize.PeerMemory = memory
+        return dataclasses.replace(groups, memories={"shard": memory(groups.all()["shard"], self.devices[0])})
+
+
+def run_over_peers(rank: int, job: Job) -> dict:
+    """As `run_all` has it for one job."""
+    run = start(job, rank, RunOverPeers)
+    report = run.run()
+    return {"answer": run.latents, "report": report}
 
 
 def run_reference(job: Job, effective: dict) -> dict:

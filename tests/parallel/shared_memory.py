@@ -18,7 +18,7 @@ PATIENCE_S = 30.0
 
 class SharedMemory:
     def __init__(self, group: dist.ProcessGroup, folder: str) -> None:
-        self.group = group
+        self.group, self.device = group, torch.device("cpu")
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.folder = Path(folder) / "_".join(map(str, dist.get_process_group_ranks(group)))
         self.num_bytes = self.num_begun = self.num_reserved = 0

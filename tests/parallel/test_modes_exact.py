@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.conftest import cpu_devices
 from tests.parallel.mode_cases import CASES, Case
-from tests.parallel.mode_runs import run_all, run_reference, run_with_swapped_guidance
+from tests.parallel.mode_runs import run_all, run_over_peers, run_reference, run_with_swapped_guidance
 from tests.parallel.ranks import on_ranks
 from wanexp.config import MODES
 from wanexp.job import Job
@@ -92,6 +92,26 @@ def test_the_answer_is_that_of_mode_none(ranks, name):
             assert answer.shape == expected.shape
             assert rel_l2(answer, expected) <= EXACT
             assert torch.equal(answer, expected) or not bit_equal
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [
+        (2, "cfg x shard, experts"),
+        (4, "fsdp, ti2v, two groups of shards"),
+        (4, "ulysses x shard, experts"),
+    ],
+)
+def test_the_answer_with_shards_in_peer_memory(ranks, name, tmp_path):
+    job = job_of(CASES[ranks][name], tmp_path)
+    found = on_ranks(ranks, run_over_peers, job)
+    reference = run_reference(job, found[0]["report"]["effective"])
+    assert found[0]["report"]["effective"]["transport"] == "copies"
+    assert reference["parity"]["rel_l2"] <= EXACT
+    assert reference["parity"]["bit_equal"] or not job.plan.must_be_bit_equal(job.config)
+    for share, result in zip(job.plan.ranks, found, strict=True):
+        expected = reference["answer"][share.first_sample : share.first_sample + share.num_samples]
+        assert rel_l2(result["answer"], expected) <= EXACT
 
 
 @pytest.mark.parametrize(("ranks", "name"), ALL)

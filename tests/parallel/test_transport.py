@@ -11,6 +11,7 @@ from wanexp.parallel.transport import choose_transport
 from wanexp.planning.memory import predict_memory
 from wanexp.planning.plan import make_plan
 from wanexp.planning.task import devices_to_plan
+from wanexp.planning.time import predict_time
 
 
 def gpus(count: int, *, apart: bool = False) -> list[Device]:
@@ -87,6 +88,33 @@ def test_the_places_of_copies_are_planned():
         needed[transport] = predict_memory(config, plan)[0].allocated
     places = 4 * 16380 * 5120 * 2
     assert 0 < needed["copies"] - needed["collectives"] <= places
+
+
+def test_whole_blocks_beside_shards_are_planned():
+    """2 blocks in place of 3, of 0.64 GiB, and half of the 0.43 GiB outside of them; no kernel copies them out."""
+    needed, seconds = {}, {}
+    for transport in ("copies", "collectives"):
+        config = composed(
+            "model=wan2.1_t2v_14b",
+            "video=480p",
+            "parallelism=fsdp",
+            "hardware=2x_h200",
+            f"transport={transport}",
+        )
+        devices = devices_to_plan(config)
+        plan = make_plan(config, devices)
+        assert plan.transport == transport
+        needed[transport] = predict_memory(config, plan)[0].allocated
+        profiles = [config.hardware.device] * 2
+        seconds[transport] = predict_time(config, plan, profiles).forward_s
+    arch = config.model.architecture
+    saved = 2 * arch.num_block_parameters() + arch.num_outer_parameters()
+    assert needed["collectives"] - needed["copies"] == pytest.approx(saved, rel=0.01)
+    alone = composed("model=wan2.1_t2v_14b", "video=480p", "parallelism=none", "hardware=2x_h200")
+    whole_s = predict_time(
+        alone, make_plan(alone, devices_to_plan(alone)[:1]), [alone.hardware.device]
+    ).forward_s
+    assert seconds["copies"] == pytest.approx(whole_s, rel=1e-3) and seconds["collectives"] > 1.01 * whole_s
 
 
 @pytest.mark.multi_gpu

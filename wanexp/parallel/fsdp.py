@@ -8,34 +8,24 @@ Buys memory: a rank keeps 1 / shards of the weights, and in training of the grad
 blocks as they are in use. Each rank computes its own sample (or its part of one, under cfg and context parallel) as if
 it had the whole model. PyTorch's FSDP2; with a 2-D mesh HSDP, copies of the shards on several groups of ranks.
 
-All ranks of a group must do the same forwards in the same order, as each gather needs them all. Between GPUs that reach
-each other's memory copy engines gather the blocks (`GatherByCopies`), else the process group does.
+All ranks of a group must do the same forwards in the same order, as each gather needs them all. Inference between GPUs
+that reach each other's memory needs none of this: `peer_shards.py`.
 """
 
-import weakref
-from collections.abc import Sequence
 from itertools import pairwise
-from math import prod
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from wanexp.parallel.peer_memory import ALIGNMENT, PeerMemory
 from wanexp.parallel.traffic import Traffic, fsdp_bytes
 from wanexp.wan.transformer import WanTransformer
 
-GATHERED_BLOCKS = 2  # at a time: the one in use and the next
 
-
-def shard_with_fsdp(
-    model: WanTransformer, mesh: DeviceMesh, *, training: bool, memory: PeerMemory | None = None
-) -> Traffic:
+def shard_with_fsdp(model: WanTransformer, mesh: DeviceMesh, *, training: bool) -> Traffic:
     """Shard every block of `model`, and what is outside of them, over `mesh`; returns what counts the bytes sent.
 
     Comes before the weights are loaded: the parameters, on meta, become DTensors that `load_weights` fills shard by
@@ -47,7 +37,6 @@ def shard_with_fsdp(
             for inference always under `torch.inference_mode()` or always not (FSDP2 keeps its buffers between calls).
         mesh: 1-D over the shards, or 2-D with named dimensions, replicas then shards (HSDP).
         training: average the gradients of all ranks, with equal weight, as DDP does.
-        memory: of the ranks of a shard group, to have copy engines gather the blocks for inference.
     """
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in model.blocks:
@@ -57,57 +46,8 @@ def shard_with_fsdp(
     stages = [cast(FSDPModule, module) for module in (model, *model.blocks)]
     for stage, following in pairwise(stages):
         stage.set_modules_to_forward_prefetch([following])
-    if memory is not None:
-        gather = GatherByCopies(memory)
-        for stage in stages[1:]:
-            stage.set_custom_all_gather(cast(Any, gather))
     _gather_for_embed_text(model)
     return _count_bytes(model, mesh, training)
-
-
-class GatherByCopies:
-    """All-gather of a block whose ranks each read the shards of the others, out of where FSDP2 put them.
-
-    Two buffers. FSDP2 takes a third one where a forward of the first blocks only left a block gathered that nobody
-    asked for: the process group gathers then. FSDP2 fills a buffer again once the block has been copied out of it; that
-    all have read what was there is what the second meeting is for.
-    """
-
-    def __init__(self, memory: PeerMemory) -> None:
-        self.memory = memory
-        self._given: list[weakref.ref[Tensor] | None] = [None] * GATHERED_BLOCKS
-        self._begin: int | None = None  # of the buffer given last; None: it is not one of ours
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Where all shards of a block are to be: the first buffer that FSDP2 has let go of, on all ranks the same."""
-        memory, num_elements = self.memory, prod(size)
-        most = -(-num_elements * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        memory.reserve(GATHERED_BLOCKS * most)
-        for index, given in enumerate(self._given):
-            if given is None or given() is None:
-                self._begin = index * (memory.num_bytes // GATHERED_BLOCKS)
-                buffer = memory.place(memory.rank, self._begin, num_elements, dtype)
-                self._given[index] = weakref.ref(buffer)
-                return buffer
-        self._begin = None
-        return torch.empty(num_elements, dtype=dtype, device=device)
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: ProcessGroup,
-        async_op: bool = False,
-    ) -> None:
-        if self._begin is None:
-            dist.all_gather_into_tensor(output_tensor, input_tensor, group=group)
-            return
-        memory, size, dtype = self.memory, len(input_tensor), input_tensor.dtype
-        memory.meet(0)  # all have put their shards there
-        for rank in memory.others:
-            shard = memory.place(rank, self._begin, size * memory.size, dtype)[size * rank :][:size]
-            output_tensor[size * rank :][:size].copy_(shard)
-        memory.meet(1)
 
 
 def full_gradient(parameter: nn.Parameter) -> Tensor | None:

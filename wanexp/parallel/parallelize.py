@@ -15,6 +15,8 @@ from wanexp.parallel.context_parallel import context_parallel
 from wanexp.parallel.distributed import synchronize_gradients
 from wanexp.parallel.fsdp import shard_with_fsdp
 from wanexp.parallel.groups import Groups
+from wanexp.parallel.peer_memory import PeerMemory
+from wanexp.parallel.peer_shards import PeerShards, shard_over_peers
 from wanexp.parallel.requests import Forwards, by_sample, one_after_another
 from wanexp.parallel.tensor_parallel import tensor_parallel
 from wanexp.parallel.traffic import Traffic
@@ -35,15 +37,25 @@ class ParallelModel:
     traffic: Counters = field(default_factory=dict)
 
 
-def divide_weights(model: WanTransformer, plan: Plan, groups: Groups, *, training: bool) -> Counters:
-    """Cut a model on the meta device down to what this rank holds, as `shares.part_of_rank` says."""
+def divide_weights(
+    model: WanTransformer, groups: Groups, *, training: bool
+) -> tuple[Counters, PeerShards | None]:
+    """Cut a model on the meta device down to what this rank holds, as `shares.part_of_rank` says.
+
+    Returns what counts the bytes sent, and the shards that ranks read from each other's memory where they do.
+    """
     traffic: Counters = {}
     if (group := groups.get("tp")) is not None:
         traffic["tp"] = tensor_parallel(model, group)
     if groups.shard_mesh is not None:
         memory = groups.memories.get("shard")
-        traffic["shard"] = shard_with_fsdp(model, groups.shard_mesh, training=training, memory=memory)
-    return traffic
+        if memory is None or training:
+            traffic["shard"] = shard_with_fsdp(model, groups.shard_mesh, training=training)
+        else:
+            shards = shard_over_peers(model, PeerMemory(memory.group, memory.device))
+            traffic["shard"] = shards.traffic
+            return traffic, shards
+    return traffic, None
 
 
 def parallelize_wan(

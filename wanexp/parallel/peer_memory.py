@@ -7,11 +7,12 @@ No multiprocessor moves the bytes, so that what is computed meanwhile keeps all 
 symmetric memory: peer access over NVLink or PCIe between the processes of one machine.
 
 A flag acknowledges nothing. Whoever writes to a place a second time must know, from something that it got since, that
-its owner is done with what was there; how, those who use this say (`ulysses.py`, `fsdp.py`).
+its owner is done with what was there; how, those who use this say (`ulysses.py`). What is only ever read
+(`peer_shards.py`) needs no flags.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,8 @@ from torch.distributed import ProcessGroup
 
 ALIGNMENT = 512  # bytes, of the places in it
 
-_opened: "WeakSet[PeerMemory]" = WeakSet()
+# Until the process ends, for another rank may still read what this one has no more use for.
+_opened: "list[PeerMemory]" = []
 
 
 class PeerMemory:
@@ -39,7 +41,7 @@ class PeerMemory:
         self.num_begun = 0
         self._of_ranks: list[Tensor] = []
         self._raised = torch.ones(1, dtype=torch.int32, device=device)
-        _opened.add(self)
+        _opened.append(self)
 
     @property
     def others(self) -> list[int]:
@@ -105,10 +107,12 @@ class PeerMemory:
 
 def exchanges_begun() -> dict[str, int]:
     """How many exchanges this rank has begun, for each of its groups by its ranks."""
-    return {
-        f"copies [{','.join(map(str, dist.get_process_group_ranks(memory.group)))}]": memory.num_begun
-        for memory in _opened
-    }
+    begun: Counter[str] = Counter()
+    for memory in list(_opened):
+        begun[f"copies [{','.join(map(str, dist.get_process_group_ranks(memory.group)))}]"] += (
+            memory.num_begun
+        )
+    return dict(begun)
 
 
 def bytes_in_use() -> int:

@@ -20,6 +20,9 @@ _BY_FFN = re.compile(r"blocks\.\d+\.ffn\.0\.(weight|bias)")
 _BY_FFN_COLUMNS = re.compile(r"blocks\.\d+\.ffn\.2\.weight")
 _ON_FIRST_RANK = re.compile(r"blocks\.\d+\.((self|cross)_attn\.o|ffn\.2)\.bias")
 
+SHARD_BUFFERS = (
+    2  # blocks that a rank has whole where it reads shards out of others' memory: in use, and the next
+)
 FFN_UNIT = 64  # columns that stay together where they can: GPUs multiply aligned matrices faster
 
 

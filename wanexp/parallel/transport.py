@@ -1,7 +1,7 @@
 """What carries the exchanges of Ulysses and the gathers of FSDP between GPUs. Pure: no torch, no device.
 
-copies        copy engines write into the memory of the other GPUs (`peer_memory.py`): nothing is taken from the
-              multiprocessors, which compute meanwhile
+copies        copy engines write into the memory of the other GPUs, or read from it (`peer_memory.py`): nothing is taken
+              from the multiprocessors, which compute meanwhile
 collectives   the process group: NCCL, whose kernels take some of them; gloo on the CPU
 """
 

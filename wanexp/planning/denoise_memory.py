@@ -9,6 +9,7 @@ Beside the blocks' own tensors, with U = [batch, own tokens, dim] in the compute
     tp              the FFN's columns are divided; where kernels are fused, q, k and v too
     shard           the weights outside of the blocks, and 3 P: the block in use, the buffer it was gathered in (FSDP2
                     frees it at the next block) and the gathering of the next one
+                    (copy engines: of each expert, for good, the shards of others of what is outside, and        2 P)
     blocks          pipelined: a hidden state more for each micro-batch that has left or is to come back
 """
 
@@ -19,6 +20,7 @@ from dataclasses import replace
 from wanexp.config import RunConfig
 from wanexp.parallel.layout import Layout
 from wanexp.parallel.pipeline import Stage, stages_of, wavefront
+from wanexp.parallel.shares import SHARD_BUFFERS
 from wanexp.planning import activations, fused_activations
 from wanexp.planning.activations import Sizes
 from wanexp.planning.block_work import kernels_of
@@ -55,6 +57,7 @@ def denoise_heap(config: RunConfig, plan: Plan, rank: RankPlan, position: int) -
     )
     copies = plan.transport == "copies"
     heap.new(place_bytes(own, plan.layout) if copies else 0)
+    heap.new(config.model.num_experts * whole_weight_bytes(samples, plan.layout) if copies else 0)
     forward = Forward(heap, config, whole, plan.layout, is_fused=kernels.is_fused, copies=copies)
     if plan.is_pipelined:
         stages = stages_of(plan.block_owner, len(plan.block_owner))
@@ -62,6 +65,17 @@ def denoise_heap(config: RunConfig, plan: Plan, rank: RankPlan, position: int) -
     else:
         _one_after_another(forward, plan.block_owner, position, forwards)
     return heap
+
+
+def whole_weight_bytes(s: Sizes, layout: Layout) -> int:
+    """What a rank that reads shards out of others' memory has beside its own ones, of one expert; 0 without shards.
+
+    Two blocks to compute from, and of the weights outside of the blocks, which it has whole, the shards of the others.
+    """
+    if layout.shard == 1:
+        return 0
+    blocks = min(SHARD_BUFFERS, s.arch.num_layers) * s.arch.num_block_parameters()
+    return s.compute * (blocks + s.arch.num_outer_parameters() * (layout.shard - 1) // layout.shard)
 
 
 class Forward:
@@ -120,8 +134,8 @@ class Forward:
         return path.head(self.heap, self.own, hidden)
 
     def gather(self, num_blocks: int) -> list[int]:
-        """What FSDP puts together of its shards for a forward of so many blocks."""
-        if self.layout.shard == 1:
+        """What FSDP2 puts together of its shards for a forward of so many blocks."""
+        if self.layout.shard == 1 or self.copies:
             return []
         arch = self.whole.arch
         block_bytes = self.whole.compute * arch.num_block_parameters()

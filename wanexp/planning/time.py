@@ -51,7 +51,7 @@ BLOCK_KERNELS = 62  # launches in one block's forward, counted in transformer.py
 LAUNCH_US = 6.0  # a kernel launch of eager PyTorch: the floor of a small model
 LATENCY_US = 15.0  # of a copy between devices
 FSDP_COPY_FACTOR = (
-    4  # a gathered block is written, and copied to its parameters: read and written; its shard is read
+    4  # FSDP2: a gathered block is written, and copied to its parameters: read and written; its shard is read
 )
 ENOUGH_MICROBATCHES = 16  # more do not change how many chunks are the fastest, only how long the answer takes
 NCCL_SHARE = (
@@ -171,7 +171,10 @@ def block_seconds(
     if layout.shard > 1:  # the next block is gathered beside this one
         weights = s.compute * s.arch.num_block_parameters()
         gather_s = weights * (layout.shard - 1) / layout.shard / carried + rates.latency_s
-        compute_s += FSDP_COPY_FACTOR * weights / rates.memory
+        if copies:  # straight to where it is used; the own shard is read and written
+            gather_s += 2 * weights / layout.shard / rates.memory
+        else:
+            compute_s += FSDP_COPY_FACTOR * weights / rates.memory
         compute_s += waited_for(gather_s, compute_s, taken)
     return compute_s
 
