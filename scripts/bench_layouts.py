@@ -305,6 +305,7 @@ def run_tasks(tasks_of_ranks: list[list[Task]]) -> None:
     from wanexp.events import EventLog, log_path
     from wanexp.measure.parity import write_answer
     from wanexp.parallel.groups import Groups
+    from wanexp.parallel.peer_memory import release_all
     from wanexp.rank_run import RankRun
     from wanexp.worker import describe_error, prepare_allocator, process_group, torch_device
 
@@ -344,6 +345,7 @@ def run_tasks(tasks_of_ranks: list[list[Task]]) -> None:
                 os._exit(1)
             del run
             gc.collect()
+            release_all()
             if devices[0].type == "cuda":
                 torch.cuda.empty_cache()
 

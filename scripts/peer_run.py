@@ -40,7 +40,7 @@ from wanexp.hardware.telemetry import TelemetrySampler
 from wanexp.measure.environment import host_environment, torch_environment
 from wanexp.measure.parity import compare_answers
 from wanexp.measure.timing import Stopwatch
-from wanexp.parallel.peer_memory import bytes_in_use
+from wanexp.parallel.peer_memory import bytes_in_use, release_all
 from wanexp.wan.attention_choice import attention_shapes
 from wanexp.wan.attention_probe import probe
 
@@ -81,6 +81,7 @@ def run_cases(options: argparse.Namespace, device: torch.device, sampler: Teleme
                 weights, model = random_weights(case.architecture, device), case.model
             rows += run_case(case, options, weights, device, sampler)
         gc.collect()
+        release_all()
         torch.compiler.reset()  # the next size is compiled for itself, not as a dynamic shape of this one
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ from wanexp.errors import UserError
 from wanexp.events import EventLog, log_path
 from wanexp.hardware.devices import Device
 from wanexp.job import Job
-from wanexp.parallel.peer_memory import exchanges_begun
+from wanexp.parallel.peer_memory import exchanges_begun, release_all
 from wanexp.planning.memory import context_bytes_of
 from wanexp.planning.plan import Plan
 from wanexp.planning.planner import context_bytes
@@ -104,9 +104,7 @@ def process_group(plan: Plan, rank: int, device: torch.device, *, timeout_s: flo
         world_size=plan.layout.num_ranks,
     )
     yield  # not destroyed when something goes wrong: that could wait for ranks that are gone
-    if device.type == "cuda":  # nobody's memory goes while another rank still copies from it
-        torch.cuda.synchronize(device)
-        dist.barrier()
+    release_all()
     dist.destroy_process_group()
 
 

@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 ALIGNMENT = 512  # bytes, of the places in it
 
-# Until the process ends, for another rank may still read what this one has no more use for.
+# Held until `release_all`, for another rank may still read what this one has no more use for.
 _opened: "list[PeerMemory]" = []
 
 
@@ -118,6 +118,16 @@ def exchanges_begun() -> dict[str, int]:
 def bytes_in_use() -> int:
     """What all of it takes of this rank's device, which torch's allocator knows nothing of."""
     return sum(memory.num_bytes for memory in _opened)
+
+
+def release_all() -> None:
+    """Give all of it back. Called by all ranks of the world, when none has any more use for what is there."""
+    if not _opened:
+        return
+    for device in {memory.device for memory in _opened}:
+        torch.cuda.synchronize(device)
+    dist.barrier()
+    _opened.clear()
 
 
 def open_peer_memory(groups: Sequence[ProcessGroup], device: torch.device) -> list[PeerMemory] | None:
