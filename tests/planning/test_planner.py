@@ -102,7 +102,7 @@ CASES = [
     # 5.29 + 3 U + 2 F 2.75 + the rest 1.01 = 9.0; over 2 2.64 + 2.75 + U 0.19 + 1.05 = 6.6; 10.0 free
     ("wan2.1_t2v_1.3b", "2x_rtx3080", "fp32", "480p", "cfg_parallel x 2", 9.0, 6.6),
     # 5.29 + 3 U + 2 F 6.34 + the rest 1.06 = 12.7; over 2 2.64 + 6.34 + U 0.43 + 1.09 = 10.5; 10.0 free
-    ("wan2.1_t2v_1.3b", "2x_rtx3080", "fp32", "720p", "hybrid x 2, ring=2 x shard=2", 12.7, 10.5),
+    ("wan2.1_t2v_1.3b", "2x_rtx3080", "fp32", "720p", "context_parallel x 2, ring=2", 12.7, 10.5),
     # 2.64 + 3 U + 2 F 1.37 + the rest 1.00 = 5.0; over 4 0.66 + 1.37 + U 0.09 + 1.07 = 3.2; 10.0 free
     ("wan2.1_t2v_1.3b", "4x_rtx3080", "bf16", "480p", "hybrid x 4, cfg=2 x ring=2", 5.0, 3.2),
     # 2.64 + 3 U + 2 F 3.17 + the rest 1.05 = 6.9; over 4 0.66 + 3.17 + U 0.22 + 1.11 = 5.2; 10.0 free
@@ -110,7 +110,7 @@ CASES = [
     # 5.29 + 3 U + 2 F 2.75 + the rest 1.01 = 9.0; over 4 1.32 + 2.75 + U 0.19 + 1.16 = 5.4; 10.0 free
     ("wan2.1_t2v_1.3b", "4x_rtx3080", "fp32", "480p", "hybrid x 4, cfg=2 x ring=2", 9.0, 5.4),
     # 5.29 + 3 U + 2 F 6.34 + the rest 1.06 = 12.7; over 4 1.32 + 6.34 + U 0.43 + 1.20 = 9.3; 10.0 free
-    ("wan2.1_t2v_1.3b", "4x_rtx3080", "fp32", "720p", "context_parallel x 4, ring=4", 12.7, 9.3),
+    ("wan2.1_t2v_1.3b", "4x_rtx3080", "fp32", "720p", "hybrid x 4, cfg=2 x ring=2", 12.7, 9.3),
     # 2.64 + 3 U + 2 F 1.37 + the rest 1.00 = 5.0; over 2 1.32 + 1.37 + U 0.09 + 1.02 = 3.8; 16.0 free
     ("wan2.1_t2v_1.3b", "2x_rtx4080", "bf16", "480p", "cfg_parallel x 2", 5.0, 3.8),
     # 2.64 + 3 U + 2 F 3.17 + the rest 1.05 = 6.9; over 2 1.32 + 3.17 + U 0.22 + 1.06 = 5.8; 16.0 free

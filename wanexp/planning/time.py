@@ -163,9 +163,12 @@ def block_seconds(
         one_s = sent / carried + rates.latency_s
         # v and k travel beside the products of k and q; q and the result are waited for.
         compute_s += waited_for(2 * one_s, 2 * query_s, taken) + 2 * one_s
-    if layout.ring > 1:  # each step's transfer beside its share of the attention
+    if layout.ring > 1:
         passed_on = 2 * part / layout.tp / rates.collective + rates.latency_s
-        compute_s += (layout.ring - 1) * waited_for(passed_on, attention_s / layout.ring, rates.nccl_share)
+        # Over NVLink not hidden by the attention beside it (measured): a kernel that keeps every multiprocessor to its
+        # end waits for those that NCCL has.
+        beside_s = 0.0 if rates.nccl_share else attention_s / layout.ring
+        compute_s += (layout.ring - 1) * waited_for(passed_on, beside_s, rates.nccl_share)
     if layout.tp > 1:
         compute_s += 3 * part * ring_factor(layout.tp) / rates.collective + 6 * rates.latency_s
     if layout.shard > 1:  # the next block is gathered beside this one

@@ -1,0 +1,187 @@
+#!/usr/bin/env python
+"""Where a forward spread over GPUs spends its time: its kernels, by stream, beside those of one GPU.
+
+For context parallelism (Ulysses) the same model runs whole on each GPU, split with the exchanges carried by copy
+engines and by the process group, and split with nothing exchanged at all (a wrong answer: what is left is the
+computing). First all take turns and are timed, then each is profiled. What is lost between half the time of one GPU and
+the time of two shows in which kernels take longer, in waits (`wait_signal`), and in gaps.
+
+    python -m torch.distributed.run --nproc-per-node 2 scripts/profile_exchanges.py --out docs/results/exchanges.md
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # works without an installation, too
+
+from bench_case import parse_case
+from peer_models import random_weights
+
+from wanexp.parallel import ulysses
+from wanexp.parallel.context_parallel import context_parallel
+from wanexp.parallel.peer_memory import open_peer_memory
+from wanexp.parallel.ulysses import Parcel, Sent, Sizes
+from wanexp.wan.architecture import WanArchitecture
+from wanexp.wan.transformer import WanTransformer
+
+ROUNDS, PROFILED = 5, 2
+SHOWN = 16  # kernels of a table
+Forward = Callable[[], Tensor]
+
+
+class Nothing:
+    """In place of an exchange: what a rank packs is what it receives."""
+
+    def __init__(self, _group: dist.ProcessGroup) -> None: ...
+
+    def parcel(self, like: Tensor, sizes: Sizes, _place: int) -> Parcel:
+        flat = like.new_empty(max(sum(sizes.packed), sum(sizes.received)))
+        return Parcel(list(flat[: sum(sizes.packed)].split(sizes.packed)), flat)
+
+    def start(self, parcel: Parcel, sizes: Sizes, _place: int) -> Sent:
+        assert parcel.flat is not None
+        return Sent(parcel.flat[: sum(sizes.received)], sizes, parcel, lambda: None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", default="wan2.1_t2v_14b:480p", help="model:video")
+    parser.add_argument("--layers", type=int, default=10, help="blocks of the model (default 10)")
+    parser.add_argument("--attention", default="fa3,sdpa_cudnn", help="kernels, to itself and to the text")
+    parser.add_argument("--out", type=Path, help="Markdown")
+    options = parser.parse_args()
+    rank, on_gpu = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    case = parse_case(options.case)
+    architecture = dataclasses.replace(case.architecture, num_layers=options.layers)
+    forwards = variants(architecture, case.latent_shape, device, tuple(options.attention.split(",")))
+    lines = [f"# {case.model}, {case.video}, {options.layers} blocks, {dist.get_world_size()} ranks", ""]
+    for name, seconds in in_turns(forwards, device).items():
+        lines.append(f"* {name}: {1000 * seconds:.1f} ms a forward")
+    for name, forward in forwards.items():
+        lines += ["", f"## {name}, rank 0", "", *kernel_table(forward, device)]
+        dist.barrier()
+    if rank == 0:
+        print("\n".join(lines))
+        if options.out:
+            options.out.write_text("\n".join(lines) + "\n")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def variants(
+    architecture: WanArchitecture,
+    latent_shape: tuple[int, ...],
+    device: torch.device,
+    attention: tuple[str, ...],
+) -> dict[str, Forward]:
+    """The forwards by name, on one set of weights."""
+    weights = random_weights(architecture, device)
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(1, *latent_shape, generator=generator).to(device, torch.bfloat16)
+    text = torch.randn(1, architecture.text_len, architecture.text_dim, generator=generator)
+    inputs = (latent, torch.tensor([500.0], device=device), text.to(device, torch.bfloat16))
+
+    def whole() -> WanTransformer:
+        with torch.device("meta"):
+            model = WanTransformer(architecture, dtype=torch.bfloat16)
+        model.load_state_dict(weights, assign=True)
+        if device.type == "cuda":
+            model.set_attention(*attention)
+            model.set_kernels("triton")
+        return model.eval().requires_grad_(False)
+
+    def of(model: WanTransformer) -> Forward:
+        return torch.inference_mode()(lambda: model(*inputs))
+
+    def split(memory: Any = None) -> Forward:
+        model = whole()
+        context_parallel(model, ulysses=dist.group.WORLD, ring=None, memory=memory)
+        return of(model)
+
+    assert dist.group.WORLD is not None
+    found = {"whole": of(whole()), "collectives": split()}
+    if device.type == "cuda" and (memories := open_peer_memory([dist.group.WORLD], device)):
+        found["copies"] = split(memories[0])
+    carrier, ulysses.Collectives = ulysses.Collectives, Nothing  # type: ignore[assignment,misc]
+    found["nothing exchanged"] = split()
+    ulysses.Collectives = carrier  # type: ignore[misc]
+    return found
+
+
+def in_turns(forwards: Mapping[str, Forward], device: torch.device) -> dict[str, float]:
+    """Median seconds of each, on this rank."""
+    seconds: dict[str, list[float]] = {name: [] for name in forwards}
+    for forward in forwards.values():
+        forward()
+    for _ in range(ROUNDS):
+        for name, forward in forwards.items():
+            wait(device)
+            begin = time.perf_counter()
+            forward()
+            wait(device)
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(samples) for name, samples in seconds.items()}
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    dist.barrier()
+
+
+def kernel_table(forward: Forward, device: torch.device) -> list[str]:
+    """The kernels and copies of a forward by their time, as Markdown; gaps on the stream that computes."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    forward()
+    wait(device)
+    with profile(activities=activities) as profiler:
+        for _ in range(PROFILED):
+            forward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    events = [
+        (event.time_range.start, event.time_range.end, event.device_resource_id, event.name)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA or device.type != "cuda"
+    ]
+    totals: dict[tuple[int, str], list[float]] = {}
+    for start, end, stream, name in events:
+        totals.setdefault((stream, name), []).append(end - start)
+    rows = sorted(totals.items(), key=lambda item: -sum(item[1]))
+    lines = ["| ms a forward | calls | us each | stream | kernel |", "|---:|---:|---:|---:|---|"]
+    for (stream, name), times in rows[:SHOWN]:
+        calls = len(times) / PROFILED
+        total = sum(times) / PROFILED / 1000
+        lines.append(
+            f"| {total:.2f} | {calls:.0f} | {sum(times) / len(times):.1f} | {stream} | `{name[:70]}` |"
+        )
+    if rows:
+        computing = rows[0][0][0]
+        own = sorted((start, end) for start, end, stream, _ in events if stream == computing)
+        gaps = sum(max(0.0, after[0] - before[1]) for before, after in pairwise(own))
+        lines += ["", f"Gaps on stream {computing}: {gaps / PROFILED / 1000:.2f} ms a forward."]
+    return lines
+
+
+if __name__ == "__main__":
+    main()
