@@ -298,7 +298,8 @@ def _result_rows(record: Record) -> dict[str, str]:
     }
     if sent:
         amounts = ", ".join(f"{axis} {_number(value * 1024)} MiB" for axis, value in sent.items())
-        rows["Exchanged"] = f"{amounts} between devices a forward"
+        by = ", by copy engines" if record.effective.get("transport") == "copies" else ""
+        rows["Exchanged"] = f"{amounts} between devices a forward{by}"
     rows["Swapped"] = _joined(
         metrics,
         ("swap/gib_per_forward", "GiB from the host a forward"),
