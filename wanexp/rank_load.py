@@ -38,10 +38,14 @@ from wanexp.workloads.sizes import num_tokens
 
 @dataclass
 class Loaded:
-    """The experts with their layout applied, and what of their blocks is swapped. report, effective: for the record."""
+    """The experts with their layout applied, what of their blocks is swapped, and what is read from other ranks.
+
+    report, effective: for the record.
+    """
 
     models: list[ParallelModel]
     swaps: list[BlockSwap]
+    shards: list[PeerShards]
     report: dict[str, Any]
     effective: dict[str, Any]
 
@@ -92,7 +96,7 @@ class RankLoader:
         )
         anonymous_before, begin = anonymous_rss_bytes(), time.perf_counter()
         loader = self.shared_loader()
-        models, swaps, reports = [], [], []
+        models, swaps, all_shards, reports = [], [], [], []
         for source in sources:
             model = self.empty_model()
             traffic, shards = divide_weights(model, self.groups, training=self.training)
@@ -101,6 +105,7 @@ class RankLoader:
             reports.append(self.fill(model, source, swap or shards, loader))
             if shards:
                 shards.complete()
+                all_shards.append(shards)
             swaps += [swap] if swap else []
             model.set_attention(attention.kernel, cross_attention.kernel)
             model.set_kernels(kernels)
@@ -139,7 +144,7 @@ class RankLoader:
             "swapped_blocks": list(self.plan.swapped),
             "weights": [source.describe() for source in sources],
         }
-        return Loaded(models, swaps, report, effective)
+        return Loaded(models, swaps, all_shards, report, effective)
 
     def choose_attention(self) -> tuple[Choice, Choice]:
         """The kernels of self- and cross-attention: rank 0's choices, for all, as different kernels round differently.

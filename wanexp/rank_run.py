@@ -67,6 +67,7 @@ class RankRun:
         is_plain = self.plan.mode == "none" and not self.plan.swapped and not is_lossy_run(self.config)
         self.verify = self.config.verify != "never" and (not is_plain or self.config.verify == "always")
         self.report: dict[str, Any] = {}
+        self.left_room = 0  # bytes of peer memory that torch's cap was lowered by
 
     def run(self) -> dict[str, Any]:
         groups = self.check_links()
@@ -92,31 +93,40 @@ class RankRun:
         if self.plan.layout.num_ranks > 1:
             groups = open_layout_groups(self.plan.layout, self.devices[0].type)
             links += check_links(groups, self.rank, self.devices[0])
+        self.report["warnings"] = []
         if self.plan.transport == "copies":
-            groups = replace(groups, memories=open_memories(groups, self.devices[0], self.job.nodes))
-            if not groups.memories and self.config.transport == "copies":
-                raise UserError(
-                    "transport=copies cannot be had: a rank's log says what the driver refused; write transport=auto "
-                    "or transport=collectives"
-                )
+            groups = replace(groups, memories=open_memories(groups, self.devices[0]))
+            if not groups.memories:
+                self.go_without_peer_memory()
         self.report["links"] = links
         return groups
+
+    def go_without_peer_memory(self) -> None:
+        """Raises UserError where it was asked for by name."""
+        why = "the driver gives no rank the memory of another (a rank's log has its words)"
+        if self.config.transport == "copies":
+            raise UserError(
+                f"transport=copies cannot be had: {why}; write transport=auto or transport=collectives"
+            )
+        self.report["warnings"].append(f"transport is collectives, where copies were planned: {why}")
 
     def load(self, groups: Groups) -> Loaded:
         """The experts, with this rank's part of the record."""
         loaded = RankLoader(self.job, self.rank, self.owned, self.devices, groups, self.events).load()
         self.stopwatch.synchronize()
-        if self.config.hardware.enforce_memory and bytes_in_use():
-            self._lower_cap()
+        self.lower_cap()
         self.report |= {"load": loaded.report, "effective": loaded.effective}
         return loaded
 
-    def _lower_cap(self) -> None:
+    def lower_cap(self) -> None:
         """Have torch's allocator leave room, under its cap, for the peer memory that it knows nothing of."""
-        device = self.devices[0]
-        before = torch.cuda.get_per_process_memory_fraction(device)
+        if not self.config.hardware.enforce_memory or bytes_in_use() == self.left_room:
+            return
+        device, more = self.devices[0], bytes_in_use() - self.left_room
         whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(max(0.0, before - bytes_in_use() / whole), device)
+        before = torch.cuda.get_per_process_memory_fraction(device)
+        torch.cuda.set_per_process_memory_fraction(max(0.0, before - more / whole), device)
+        self.left_room += more
 
     def make_workload(self, models: Sequence[ParallelModel], samples: Samples) -> Workload:
         if not self.training:
@@ -169,12 +179,14 @@ class RankRun:
             workload.step(index % self.config.workload.num_steps)
         workload.restart()
         self.stopwatch.synchronize()
+        self.lower_cap()  # the first forward takes more
         self.report["warmup_s"] = time.perf_counter() - begin
 
     def measure(self, workload: Workload, loaded: Loaded) -> None:
         """The timed steps, and the peaks of memory over them."""
         counters = [(axis, counter) for model in loaded.models for axis, counter in model.traffic.items()]
-        for counter in (*(counter for _, counter in counters), *loaded.swaps):
+        rings = [shards.ring for shards in loaded.shards]
+        for counter in (*(counter for _, counter in counters), *loaded.swaps, *rings):
             counter.reset()
         reset_peaks(self.devices)
         self.stopwatch.restart()
@@ -201,6 +213,7 @@ class RankRun:
                 / len(self.stopwatch.forward_s),
                 "stall_s": sum(swap.stall_s() for swap in loaded.swaps) / total,
             },
+            "gather_stall_s": sum(ring.stall_s() for ring in rings) / total if rings else None,
             "losses": workload.losses if isinstance(workload, Train) else [],
             "memory": read_peaks(self.owned, self.devices, owned, peer_bytes=bytes_in_use()),
             "weight_gib": [number / GIB for number in self.owned_bytes(loaded)],

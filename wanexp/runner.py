@@ -246,6 +246,7 @@ def take_results(record: Record, config: RunConfig, prepared: Prepared, launched
         record.samples["forward_ms"] = [seconds * 1000 for seconds in first["forward_s"]]
         record.samples["losses"] = first["losses"]
         record.effective |= first["effective"]
+        record.warnings += first["warnings"]
         record.environment |= first["environment"]
     if steps and (warning := noise_warning(summarise_samples(steps), "the step time")):
         record.warnings.append(warning)
@@ -328,7 +329,7 @@ def effective_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "mode": plan.mode,
         "layout": plan.layout.degrees(),
         "attention": None,
-        "transport": plan.transport,
+        "transport": None,
         "precision": config.precision.name,
         "is_lossy": is_lossy_run(config),
         "residual": "float32" if config.precision.residual_fp32 else config.precision.dtype,

@@ -30,6 +30,7 @@ def report(step_s: list[float], label: str, **changes) -> dict:
         "peak_rss_gib": 0.5,
         "bytes_per_forward": {},
         "swap": {"bytes_per_forward": 0.0, "stall_s": 0.0},
+        "gather_stall_s": None,
         "links": [],
         "losses": [],
     } | changes

@@ -64,7 +64,3 @@ class SharedMemory:
                 flag[0] = 0
 
         return wait
-
-    def meet(self, _channel: int) -> None:
-        self.num_begun += 1
-        dist.barrier(self.group)

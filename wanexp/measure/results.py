@@ -69,6 +69,9 @@ def run_metrics(
         metrics["swap/gib_per_forward"] = sum(swap["bytes_per_forward"] for swap in swaps) / GIB
         metrics["swap/stall_ms_per_step"] = 1000 * max(swap["stall_s"] for swap in swaps)
         metrics["swap/host_gib"] = sum(report["load"]["swapped_bytes"] for report in reports.values()) / GIB
+    stalls = [report["gather_stall_s"] for report in reports.values() if report["gather_stall_s"] is not None]
+    if stalls:
+        metrics["communication/shard_stall_ms_per_step"] = 1000 * max(stalls)
     for axis in {link["axis"] for link in first["links"]}:
         speeds = [
             link["gb_s"] for report in reports.values() for link in report["links"] if link["axis"] == axis

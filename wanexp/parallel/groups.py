@@ -30,8 +30,10 @@ class Groups:
     memories: dict[str, PeerMemory] = field(default_factory=dict)
 
     @property
-    def transport(self) -> str:
-        """What carries the exchanges of `ulysses` and `shard`."""
+    def transport(self) -> str | None:
+        """What carries the exchanges of `ulysses` and `shard`; None where there are none."""
+        if "ulysses" not in self.by_axis and self.shard_mesh is None:
+            return None
         return "copies" if self.memories else "collectives"
 
     def get(self, axis: str) -> ProcessGroup | None:
@@ -70,24 +72,11 @@ def open_layout_groups(layout: Layout, device_type: str) -> Groups:
     return Groups(groups, mesh)
 
 
-def open_memories(
-    groups: Groups, device: torch.device, nodes: Sequence[Sequence[int]] | None = None
-) -> dict[str, PeerMemory]:
-    """The peer memory of the groups that can use it; none, on all ranks, where one rank cannot have it.
-
-    nodes: the ranks of each machine; None for one machine. A group that goes across has none.
-    """
-    of_axis = {
-        axis: group
-        for axis, group in groups.all().items()
-        if axis in ("ulysses", "shard") and _stays_inside(dist.get_process_group_ranks(group), nodes)
-    }
+def open_memories(groups: Groups, device: torch.device) -> dict[str, PeerMemory]:
+    """The peer memory of the groups that use it; none, on all ranks, where one rank cannot have it."""
+    of_axis = {axis: group for axis, group in groups.all().items() if axis in ("ulysses", "shard")}
     opened = open_peer_memory(list(of_axis.values()), device)
     return {} if opened is None else dict(zip(of_axis, opened, strict=True))
-
-
-def _stays_inside(ranks: Sequence[int], nodes: Sequence[Sequence[int]] | None) -> bool:
-    return nodes is None or any(set(ranks) <= set(node) for node in nodes)
 
 
 def check_links(groups: Groups, rank: int, device: torch.device) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ its owner is done with what was there; how, those who use this say (`ulysses.py`
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 ALIGNMENT = 512  # bytes, of the places in it
+PLACES = 4  # of equal size that Ulysses divides it in
 
 # Held until `release_all`, for another rank may still read what this one has no more use for.
 _opened: "list[PeerMemory]" = []
@@ -29,8 +31,8 @@ _opened: "list[PeerMemory]" = []
 class PeerMemory:
     """The memory of this rank and its view of the others'. Made, and reserved, by all ranks of `group` together.
 
-    num_bytes: on each rank. num_begun: exchanges and meetings that this rank has begun; who lags behind the others of
-    its group in this holds them up.
+    num_bytes: on each rank. num_begun: exchanges that this rank has begun; who lags behind the others of its group
+    in this holds them up.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
@@ -39,6 +41,8 @@ class PeerMemory:
         self._copying = torch.cuda.Stream(device)
         self.num_bytes = 0
         self.num_begun = 0
+        self._own: Any = None
+        self._handle: Any = None
         self._of_ranks: list[Tensor] = []
         self._raised = torch.ones(1, dtype=torch.int32, device=device)
         _opened.append(self)
@@ -60,6 +64,7 @@ class PeerMemory:
         dist.all_reduce(self._raised.clone(), group=self.group)
         torch.cuda.synchronize(self.device)
         self._of_ranks = []
+        self._own = self._handle = None  # before the new one is there, as both might not fit
         self._own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self.device)
         self._handle = symmetric_memory.rendezvous(self._own, self.group)
         self._of_ranks = [
@@ -99,11 +104,6 @@ class PeerMemory:
         """What `wait_signal` at `rank` waits for, for this rank."""
         return self._handle.get_signal_pad(rank, (1,), torch.int32, self.size * channel + self.rank)
 
-    def meet(self, channel: int) -> None:
-        """The current streams of all ranks wait for each other."""
-        self.num_begun += 1
-        self._handle.barrier(channel)
-
 
 def exchanges_begun() -> dict[str, int]:
     """How many exchanges this rank has begun, for each of its groups by its ranks."""
@@ -131,22 +131,26 @@ def release_all() -> None:
 
 
 def open_peer_memory(groups: Sequence[ProcessGroup], device: torch.device) -> list[PeerMemory] | None:
-    """Peer memory for each group of this rank, tried out; None, on all ranks, where one of them cannot have it.
+    """Peer memory for each group of this rank, tried out; None, on all ranks, where the driver refuses it to one.
 
     Called by all ranks of the world.
     """
-    opened = []
-    try:
-        for group in groups:
-            memory = PeerMemory(group, device)
-            memory.reserve(ALIGNMENT * memory.size)
-            check_peer_memory(memory)
-            opened.append(memory)
-    except RuntimeError as error:
-        print(f"no peer memory: {error}", flush=True)  # into the rank's log
-    agreed = torch.tensor(float(len(opened) == len(groups)), device=device)
-    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-    return opened if agreed.item() else None
+    memories = [PeerMemory(group, device) for group in groups]
+    for attempt in (lambda memory: memory.reserve(PLACES * ALIGNMENT * memory.size), check_peer_memory):
+        refused = 0.0
+        try:
+            for memory in memories:
+                attempt(memory)
+        except RuntimeError as error:
+            print(f"no peer memory: {error}", flush=True)  # into the rank's log
+            refused = 1.0
+        # After each, for a rank that waits for another one's flag would not hear that it has given up.
+        anywhere = torch.tensor(refused, device=device)
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+        if anywhere.item():
+            _opened.clear()
+            return None
+    return memories
 
 
 def check_peer_memory(memory: PeerMemory) -> None:

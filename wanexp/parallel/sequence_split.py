@@ -1,7 +1,7 @@
 """The video tokens of a sequence, split over ranks and put together again.
 
 Ranks of a sequence are numbered ring outer, Ulysses inner: rank_in_sequence = ring_rank * ulysses + ulysses_rank. Each
-holds a run of tokens in their order; the shares differ by at most one token, so nothing is padded or masked.
+holds a run of tokens in their order; the shares differ by at most one token, so nothing is masked.
 """
 
 from collections.abc import Sequence

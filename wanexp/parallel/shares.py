@@ -87,7 +87,6 @@ def part_of_rank(
     return tensor_part(name, shape, architecture, degree=layout.tp, rank=layout.coordinate(rank, "tp"))
 
 
-@lru_cache(maxsize=16)
 def padded_rows(tokens: int) -> int:
     """The rows that a rank's `tokens` are computed as under context parallelism, at most 15 more.
 
@@ -97,6 +96,7 @@ def padded_rows(tokens: int) -> int:
     return tokens + (ROWS_REST - tokens) % ROWS_MULTIPLE
 
 
+@lru_cache(maxsize=16)
 def token_shares(num_tokens: int, *, ulysses: int, ring: int) -> tuple[tuple[int, ...], ...]:
     """How many tokens each rank holds, as [ring rank][ulysses rank].
 

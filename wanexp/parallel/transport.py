@@ -7,7 +7,7 @@ collectives   the process group: NCCL, whose kernels take some of them; gloo on 
 
 from collections.abc import Sequence
 
-from wanexp.errors import UserError
+from wanexp.errors import LayoutError
 from wanexp.hardware.devices import Device
 from wanexp.parallel.layout import Layout
 
@@ -15,13 +15,13 @@ from wanexp.parallel.layout import Layout
 def choose_transport(requested: str, layout: Layout, devices: Sequence[Device], *, training: bool) -> str:
     """`copies` or `collectives` for the ranks of `layout`; `auto` is copies wherever they can be had and are of use.
 
-    devices: of all ranks, in their order. That a group stays inside one machine is seen to when it is opened.
+    devices: of all ranks, in their order.
 
-    Raises UserError for `copies` where they cannot be had.
+    Raises LayoutError for `copies` where they cannot be had.
     """
     obstacle = _obstacle(layout, devices, training)
     if requested == "copies" and obstacle is not None:
-        raise UserError(f"transport=copies cannot be had: {obstacle}; write transport=auto or collectives")
+        raise LayoutError(f"transport=copies cannot be had: {obstacle}; write transport=auto or collectives")
     return "collectives" if requested == "collectives" or obstacle is not None else "copies"
 
 
@@ -38,6 +38,8 @@ def _obstacle(layout: Layout, devices: Sequence[Device], training: bool) -> str 
                 return f"they are between GPUs, found {members[0].label}"
             for one in members:
                 for other in members:
+                    if other.node != one.node:
+                        return f"they stay inside one machine, {one.label} and {other.label} are apart"
                     if other.index != one.index and other.index not in one.peers:
                         return f"{one.label} cannot reach the memory of {other.label} (P2P)"
     return None

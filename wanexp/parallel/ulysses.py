@@ -24,13 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from wanexp.parallel.peer_memory import ALIGNMENT, PeerMemory
+from wanexp.parallel.peer_memory import ALIGNMENT, PLACES, PeerMemory
 from wanexp.parallel.shares import head_shares
 from wanexp.parallel.traffic import Traffic
 from wanexp.wan.attention import AttentionFunction
 
-PLACES = 4  # in a rank's memory: of v, k, q and o
-OUTPUT = 3  # the place of o
+OUTPUT = 3  # of the PLACES in a rank's memory, which are those of v, k, q and o, the last
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Beside the blocks' own tensors, with U = [batch, own tokens, dim] in the compute
     tp              the FFN's columns are divided; where kernels are fused, q, k and v too
     shard           the weights outside of the blocks, and 3 P: the block in use, the buffer it was gathered in (FSDP2
                     frees it at the next block) and the gathering of the next one
-                    (copy engines: of each expert, for good, the shards of others of what is outside, and        2 P)
+                    (copy engines: 2 P for good, of each expert)
     blocks          pipelined: a hidden state more for each micro-batch that has left or is to come back
 """
 
@@ -57,7 +57,7 @@ def denoise_heap(config: RunConfig, plan: Plan, rank: RankPlan, position: int) -
     )
     copies = plan.transport == "copies"
     heap.new(place_bytes(own, plan.layout) if copies else 0)
-    heap.new(config.model.num_experts * whole_weight_bytes(samples, plan.layout) if copies else 0)
+    heap.new(config.model.num_experts * buffer_bytes(samples, plan.layout) if copies else 0)
     forward = Forward(heap, config, whole, plan.layout, is_fused=kernels.is_fused, copies=copies)
     if plan.is_pipelined:
         stages = stages_of(plan.block_owner, len(plan.block_owner))
@@ -67,15 +67,11 @@ def denoise_heap(config: RunConfig, plan: Plan, rank: RankPlan, position: int) -
     return heap
 
 
-def whole_weight_bytes(s: Sizes, layout: Layout) -> int:
-    """What a rank that reads shards out of others' memory has beside its own ones, of one expert; 0 without shards.
-
-    Two blocks to compute from, and of the weights outside of the blocks, which it has whole, the shards of the others.
-    """
+def buffer_bytes(s: Sizes, layout: Layout) -> int:
+    """What a rank computes from that reads shards out of others' memory, of one expert; 0 without shards."""
     if layout.shard == 1:
         return 0
-    blocks = min(SHARD_BUFFERS, s.arch.num_layers) * s.arch.num_block_parameters()
-    return s.compute * (blocks + s.arch.num_outer_parameters() * (layout.shard - 1) // layout.shard)
+    return s.compute * min(SHARD_BUFFERS, s.arch.num_layers) * s.arch.num_block_parameters()
 
 
 class Forward:

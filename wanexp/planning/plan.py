@@ -1,7 +1,7 @@
 """The plan of one run: which rank owns which devices, samples and blocks. Pure: no torch, no file, no device."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wanexp.config import RunConfig
 from wanexp.errors import LayoutError, UserError
@@ -117,6 +117,7 @@ def make_plan(config: RunConfig, devices: Sequence[Device]) -> Plan:
         ulysses=layout.ulysses,
         ring=layout.ring,
     )
+    transport = choose_transport(config.transport, layout, devices, training=config.workload.name == "train")
     block_owner = _place_blocks(config, layout, devices)
     swapped = _swapped_blocks(config, block_owner)
     ranks = []
@@ -132,12 +133,12 @@ def make_plan(config: RunConfig, devices: Sequence[Device]) -> Plan:
         ranks=tuple(ranks),
         batch_size=batch_size,
         block_owner=block_owner,
-        weight_bytes=_weight_bytes(config, layout, ranks, block_owner, swapped, len(devices)),
+        weight_bytes=_weight_bytes(
+            config, layout, ranks, block_owner, swapped, len(devices), outer_is_whole=transport == "copies"
+        ),
         is_pipelined=layout.blocks > 1 and config.parallelism.pipeline and config.workload.name == "denoise",
         swapped=swapped,
-        transport=choose_transport(
-            config.transport, layout, devices, training=config.workload.name == "train"
-        ),
+        transport=transport,
     )
 
 
@@ -251,10 +252,13 @@ def _weight_bytes(
     block_owner: Sequence[int],
     swapped: Sequence[int],
     num_devices: int,
+    *,
+    outer_is_whole: bool,
 ) -> tuple[int, ...]:
     """Bytes of weights on each device: its blocks; embeddings with the first block, the head with the last.
 
-    Of swapped blocks only the buffers count that they take turns in.
+    Of swapped blocks only the buffers count that they take turns in. outer_is_whole: what is outside of the blocks is
+    whole on every rank, also where blocks are sharded (`peer_shards.py`).
     """
     architecture = config.model.architecture
     training = config.workload.name == "train"  # fp32 master weights
@@ -265,8 +269,9 @@ def _weight_bytes(
 
     def held(rank: int, shapes: dict[str, tuple[int, ...]], prefix: str = "") -> int:
         """Bytes that `rank` has of these tensors, of all experts."""
+        own = replace(layout, shard=1) if outer_is_whole and not prefix else layout
         parts = {
-            prefix + name: part_of_rank(layout, architecture, rank, prefix + name, shape).shape_in(shape)
+            prefix + name: part_of_rank(own, architecture, rank, prefix + name, shape).shape_in(shape)
             for name, shape in shapes.items()
         }
         return num_experts * sum(

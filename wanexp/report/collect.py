@@ -171,7 +171,9 @@ def _name_options(cells: Sequence[Cell]) -> None:
             own = [cell for cell in alike if cell.mode == mode]
             placed = {key for key in _varying([flats[id(cell)] for cell in own]) if _is_placement(key)}
             keys = [key for key in sorted(common) if _is_option(key, common)] + sorted(placed)
-            several = len({tuple(cell.degrees) for cell in own if cell.degrees}) > 1
+            several = len({(cell.num_devices, *cell.degrees.items()) for cell in own if cell.degrees}) > len(
+                {cell.num_devices for cell in own if cell.degrees}
+            )
             for cell in own:
                 cell.options = " ".join(_option(key, flats[id(cell)].get(key)) for key in keys)
                 if cell.degrees and (several or (mode not in ("none", "fsdp") and len(cell.degrees) > 1)):

@@ -163,24 +163,24 @@ def _write_rows(
     artifact_uri = f"{location.rstrip('/')}/{run_id}/artifacts"
     place = Path(unquote(urlsplit(artifact_uri).path))
     place.mkdir(parents=True)
-    _write_record_files(record, folder, place)
-    files, lines = artifact_files(record, folder)
-    for relative in files:
-        (place / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / relative, place / relative)
-    rows = RunRows(
-        run_id,
-        experiment_id,
-        artifact_uri,
-        name=describe.run_name(record),
-        status=_status(record),
-        start_ms=_start_ms(record),
-        end_ms=describe.end_ms(record) or round(time.time() * 1000),
-        tags={**tags_with_note(record, folder), COMPLETE_TAG: "complete"},
-        params=describe.params_of(record),
-        points=describe.points_of(record),
-    )
     try:
+        _write_record_files(record, folder, place)
+        files, lines = artifact_files(record, folder)
+        for relative in files:
+            (place / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / relative, place / relative)
+        rows = RunRows(
+            run_id,
+            experiment_id,
+            artifact_uri,
+            name=describe.run_name(record),
+            status=_status(record),
+            start_ms=_start_ms(record),
+            end_ms=describe.end_ms(record) or round(time.time() * 1000),
+            tags={**tags_with_note(record, folder), COMPLETE_TAG: "complete"},
+            params=describe.params_of(record),
+            points=describe.points_of(record),
+        )
         write_run(uri, rows)
     except BaseException:
         shutil.rmtree(place.parent, ignore_errors=True)

@@ -20,6 +20,7 @@ from wanexp.wan.part import Part
 from wanexp.wan.safetensors_format import TORCH_DTYPES, ByteRows, StoredTensor
 
 NUM_THREADS = 8
+LEAVE_S = 5.0  # that threads are waited for where something went wrong: a read may never return
 # Read and copied at once. Each thread has two pinned buffers of it for GPUs, 256 MiB in all: the first touch of host
 # memory is slow, and what is used again and again stays in the processor's cache.
 PIECE_BYTES = 16 * 2**20
@@ -54,12 +55,12 @@ class Reader:
     def __enter__(self) -> "Reader":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         self._is_left = True
         for _ in self._threads:
             self._pieces.put(None)
         for thread in self._threads:
-            thread.join()
+            thread.join(None if kind is None else LEAVE_S)
         for stream in self._streams.values():
             stream.synchronize()  # the memory of tensors that nobody took goes back now
 
