@@ -129,6 +129,21 @@ def test_cells_of_one_name_are_told_apart_by_their_gpus() -> None:
     assert [c.options for c in cells_of(first, second)] == ["", ""]  # so that one is compared with the other
 
 
+def test_skipped_cells_of_one_mode_are_told_apart_by_what_was_asked() -> None:
+    records = [record_of("context_parallel", 1, outcome="skipped") for _ in range(2)]
+    for record, name in zip(records, ("ulysses", "ring"), strict=True):
+        record.effective.pop("layout", None)
+        asked = {"dp": 1, "ring": 1, "ulysses": 1} | {name: -1}
+        record.requested["parallelism"] = dict(record.requested["parallelism"]) | asked
+    assert [c.label.rpartition(", ")[2] for c in cells_of(*records)] == ["ulysses", "ring"]
+
+
+def test_a_cell_that_did_not_run_is_not_named_by_what_all_cells_share() -> None:
+    run, entry = record_of("none", 1), {"overrides": ["parallelism=fsdp", "gpus=[0,1]", "tracking=none"]}
+    run.overrides[:] = ["parallelism=none", "tracking=none"]
+    assert make_cells([Run(run)], [entry])[1].label == "fsdp, 2 GPUs"
+
+
 def test_where_results_go_makes_no_other_cell() -> None:
     records = [record_of("none", 1, sweep_name=name, tracking={"uri": name}) for name in ("a", "b")]
     (cell,) = cells_of(*records)

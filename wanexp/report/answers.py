@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wanexp.errors import UserError
-from wanexp.measure.comparison import Comparison, compare, compare_all
+from wanexp.measure.comparison import MIN_SAMPLES, SAME_MARGIN, Comparison, compare, compare_all
 from wanexp.report.cells import Cell, Sweep
 from wanexp.report.collect import settings_of
 from wanexp.report.modes import LATENCY, THROUGHPUT
@@ -132,11 +132,8 @@ def _fastest(candidates: Sequence[Cell], cells: Sequence[Cell], wanted: str | No
     """The cell of the shortest step; of those that are the same within noise, the one with the fewest devices."""
     shortest = min(candidates, key=lambda c: c.time_ms(LATENCY))
     others = [cell for cell in candidates if cell is not shortest]
-    verdict = {
-        id(cell): compare(shortest.steps_ms, cell.steps_ms, comparisons=len(others)).verdict
-        for cell in others
-    }
-    tied = [shortest, *(cell for cell in others if verdict[id(cell)] == "same")]
+    found = {id(cell): compare(shortest.steps_ms, cell.steps_ms, comparisons=len(others)) for cell in others}
+    tied = [shortest, *(cell for cell in others if found[id(cell)].verdict == "same")]
     best = min(tied, key=lambda c: c.num_devices)
     text = f"{best.label}: {milliseconds(best.time_ms(LATENCY))} a step"
     base = baseline_of(best, cells, wanted)
@@ -144,8 +141,14 @@ def _fastest(candidates: Sequence[Cell], cells: Sequence[Cell], wanted: str | No
         text += f", {gain(base, best):.2f}x {base.label}"
     if len(tied) > 1:
         text += f"; the same within noise: {_some([cell.label for cell in tied if cell is not best])}"
-    unclear = [cell.label for cell in others if verdict[id(cell)] in ("unclear", "faster")]
-    return text + (f"; not clearly slower: {_some(unclear)}" if unclear else "")
+    judged = [cell for cell in others if found[id(cell)].low is not None]
+    unclear = [cell.label for cell in judged if found[id(cell)].verdict in ("unclear", "faster")]
+    text += f"; not clearly slower: {_some(unclear)}" if unclear else ""
+    if len(judged) == len(others):
+        return text
+    near = [c.label for c in others if c not in judged and found[id(c)].ratio <= 1 + SAME_MARGIN]
+    text += f"; within {SAME_MARGIN:.0%}: {_some(near)}" if near else ""
+    return f"{text} (too few samples to judge by: one cell or more has under {MIN_SAMPLES} steps)"
 
 
 def _throughput_answer(best: Cell, cells: Sequence[Cell], wanted: str | None) -> str:

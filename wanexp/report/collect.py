@@ -6,7 +6,7 @@ telemetry only the memory is kept, thinned, so that a thousand long runs fit in 
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,9 @@ def make_cells(runs: Iterable[Run], absent: Sequence[Mapping[str, Any]] = ()) ->
     cells = [_cell_of(group) for group in groups.values()]
     _name_options(cells)
     settings = {cell.setting for cell in cells}
-    return cells + [
-        _absent_cell(entry, settings.copy().pop() if len(settings) == 1 else "") for entry in absent
-    ]
+    setting = settings.pop() if len(settings) == 1 else ""
+    common = set.intersection(*(set(cell.overrides) for cell in cells)) if cells else set()
+    return cells + [_absent_cell(entry, setting, common) for entry in absent]
 
 
 def settings_of(record: Record) -> dict[str, str]:
@@ -138,8 +138,9 @@ def _cell_of(runs: list[Run]) -> Cell:
     )
 
 
-def _absent_cell(entry: Mapping[str, Any], setting: str) -> Cell:
-    """A cell that was never run, as far as its overrides tell. setting: that of the sweep, where it has one."""
+def _absent_cell(entry: Mapping[str, Any], setting: str, common: Set[str]) -> Cell:
+    """A cell that was never run, as far as its overrides tell. setting: that of the sweep, where it has one; common:
+    overrides of all cells, which tell none apart."""
     overrides = [str(text) for text in entry.get("overrides") or []]
     chosen = dict(text.lstrip("+").partition("=")[::2] for text in overrides)
     gpus = chosen.get("gpus", "").strip("[]")
@@ -153,7 +154,13 @@ def _absent_cell(entry: Mapping[str, Any], setting: str) -> Cell:
         mode=mode,
         num_devices=len(gpus.split(",")) if gpus and gpus != "null" else 0,
         setting=setting or " ".join(chosen[group] for group in IN_TITLE if group in chosen),
-        options=" ".join(f"{key}={value}" for key, value in chosen.items() if key not in hidden),
+        options=" ".join(
+            f"{key}={value}"
+            for key, value in (
+                text.lstrip("+").partition("=")[::2] for text in overrides if text not in common
+            )
+            if key not in hidden
+        ),
         outcome=str(entry.get("outcome") or "waiting"),
         reason=str(entry.get("reason") or entry.get("message") or ""),
         overrides=overrides,
@@ -178,7 +185,7 @@ def _name_options(cells: Sequence[Cell]) -> None:
                 cell.options = " ".join(_option(key, flats[id(cell)].get(key)) for key in keys)
                 if cell.degrees and (several or (mode not in ("none", "fsdp") and len(cell.degrees) > 1)):
                     cell.layout = " x ".join(f"{name}={degree}" for name, degree in cell.degrees.items())
-    for attempt in (_device_names, _number):
+    for attempt in (_asked_degrees, _device_names, _number):
         count = Counter((cell.setting, cell.label) for cell in cells)
         for index, cell in enumerate(cells):
             if count[cell.setting, cell.label] > 1:
@@ -190,6 +197,13 @@ def _option(key: str, value: str | None) -> str:
     if key == "parallelism.block_placement":
         return str(value)
     return f"{key.removesuffix('.name').removeprefix('parallelism.')}={value}"
+
+
+def _asked_degrees(cell: Cell, _index: int) -> str:
+    """Of a cell that did not get as far as a layout, `ulysses`."""
+    asked = describe.mapping(cell.record.requested.get("parallelism"))
+    names = [name for name in DEGREES if asked.get(name, 1) not in (1, None)]
+    return "" if cell.is_finished else " x ".join(names)
 
 
 def _device_names(cell: Cell, _index: int) -> str:

@@ -176,7 +176,9 @@ def _state(sweep: Sweep) -> str:
     when = f" from {_moment(started[0])} to {_moment(ended[-1])} UTC" if started and ended else ""
     state = sweep.document.get("state") or "finished"
     said = f"{', '.join(parts)}; {plural(len(records), 'run')}{when}."
-    return said if state == "finished" else f"{said} The sweep is not whole ({state})."
+    if state == "finished":
+        return said
+    return f"{said} The sweep is not whole ({state}): its command with resume=true runs what is missing."
 
 
 def _moment(text: str) -> str:

@@ -41,6 +41,7 @@ ROW_HEIGHT = 0.34
 HEAD_INCHES, FOOT_INCHES = 0.85, 0.65
 DPI = 110
 MAX_ROWS = 30
+MAX_EMPTY = 8.0  # a capacity so many times what is in use is not drawn: it would leave nothing to see
 MAX_LABEL = 60  # characters
 GREY = "#666666"
 NOT_RUN = {"oom": "out of memory", "infeasible": "cannot fit (planned)"}
@@ -87,7 +88,8 @@ def sheet(
 def finish(figure: Figure, name: str, alt: str) -> Drawn:
     """Lay the figure out and render both formats."""
     title, total = figure.texts[0].get_text(), figure.get_figheight()
-    foot = 0.32 if figure.legends else 0.05  # inches
+    legends = [legend.get_window_extent().height / figure.dpi for legend in figure.legends]
+    foot = max(legends, default=0.0) + 0.05  # inches
     figure.tight_layout(rect=(0, foot / total, 1, 1 - (HEAD_INCHES - 0.2) / total))
     files = []
     for form, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):  # nothing that changes
@@ -145,10 +147,11 @@ def legend_of_modes(place: Axes | Figure, modes: Sequence[str], *extra: Line2D, 
 
 
 def shown(cells: Sequence[Cell]) -> tuple[list[Cell], str]:
-    """At most MAX_ROWS of `cells`, and a remark for the subtitle where some are left out."""
-    if len(cells) <= MAX_ROWS:
-        return list(cells), ""
-    return list(cells[:MAX_ROWS]), f"  |  first {MAX_ROWS} of {plural(len(cells), 'cell')}; the table has all"
+    """At most MAX_ROWS of `cells` that were not skipped, and a remark for the subtitle where some are left out."""
+    kept = [cell for cell in cells if cell.outcome != "skipped"]
+    if len(kept) <= MAX_ROWS:
+        return kept, ""
+    return kept[:MAX_ROWS], f"  |  first {MAX_ROWS} of {plural(len(kept), 'cell')}; the table has all"
 
 
 def _range(numbers: Sequence[int]) -> str:

@@ -1,5 +1,6 @@
 """Figures of memory: peak of each GPU, time against memory, memory over the phases of a run."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ from wanexp.report import answers
 from wanexp.report.cells import Cell
 from wanexp.report.drawing import (
     GREY,
+    MAX_EMPTY,
     MAX_LABEL,
     NOT_RUN,
     ROW_HEIGHT,
@@ -28,8 +30,14 @@ from wanexp.report.modes import LATENCY, THROUGHPUT, style_of
 from wanexp.tracking.describe import cut, mapping
 
 CAPACITY_COLOUR = "#B00020"
-MAX_PANELS, PANELS_A_ROW = 6, 3
+MAX_PANELS, PANELS_A_ROW = 9, 3  # a panel for every mode
 MAX_LABELS = 12  # of points; with more of them those on the front alone are named
+SAME_SPOT = 0.025  # of the longest axis: points so near share a label
+LETTER, LINE, AXES_POINTS = (
+    0.014,
+    0.045,
+    240.0,
+)  # size of a label as parts of the largest values; points a part
 DEVICE_HEIGHT, GAP = 0.11, 0.12  # inches a bar, and between cells
 PHASE_COLOURS = ("#F2F2F2", "#FFFFFF")
 
@@ -69,17 +77,20 @@ def peaks(cells: Sequence[Cell]) -> Drawn | None:
             if used:
                 axes.plot([used, used], [y - bar * 0.4, y + bar * 0.4], color="black", linewidth=1.1)
             largest = max(largest, peak, used or 0.0)
+    drawn = {capacity for capacity in capacities if capacity <= MAX_EMPTY * largest}
     handles: list[Patch | Line2D] = [
         Patch(color=GREY, label="weights"),
         Patch(color=GREY, alpha=0.45, label="the rest of the peak (torch allocated)"),
     ]
     if any(cell.metric(f"memory/{d}/nvml_used_gib") for cell in measured for d in cell.devices):
         handles.append(Line2D([], [], color="black", label="in use, NVML"))
-    for capacity in sorted(capacities):
+    for capacity in sorted(drawn):
         axes.axvline(capacity, color=CAPACITY_COLOUR, linewidth=1.4)
         largest = max(largest, capacity)
-    if capacities:
+    if drawn:
         handles.append(Line2D([], [], color=CAPACITY_COLOUR, label="capacity"))
+    for capacity in sorted(capacities - drawn):
+        handles.append(Line2D([], [], linestyle="", label=f"capacity: {capacity:.0f} GiB, off the scale"))
     axes.set_xlim(0, 1.06 * largest)
     figure.legend(handles=handles, loc="lower left", ncols=4, fontsize=8)
     leanest = min(measured, key=lambda cell: cell.peak_gib or 0.0)
@@ -132,8 +143,8 @@ def tradeoff(cells: Sequence[Cell], kind: str) -> Drawn | None:
     )
     most = max(cell.time_ms(kind) for cell in placed)
     widest = max(cell.peak_gib or 0.0 for cell in placed)
-    written: set[tuple[str, int, int]] = set()
     labelled = placed if len(placed) <= MAX_LABELS else front
+    texts: dict[tuple[float, float], list[str]] = {}  # points on one spot have one label
     for cell in placed:
         style, on_front = style_of(cell.mode), cell in front
         axes.plot(
@@ -145,17 +156,27 @@ def tradeoff(cells: Sequence[Cell], kind: str) -> Drawn | None:
             markeredgecolor="black" if on_front else "none",
             alpha=1.0 if on_front else 0.7,
         )
-        text = cut(", ".join(filter(None, (cell.devices_label, cell.layout, cell.options))), MAX_LABEL)
-        spot = (text, round(20 * (cell.peak_gib or 0.0) / widest), round(20 * cell.time_ms(kind) / most))
-        if cell in labelled and spot not in written:  # two of one text on one spot are unreadable
-            written.add(spot)
-            axes.annotate(
-                text,
-                (cell.peak_gib or 0.0, cell.time_ms(kind)),
-                xytext=(7, 4),
-                textcoords="offset points",
-                fontsize=7.5,
-            )
+        if cell in labelled:
+            here = ((cell.peak_gib or 0.0) / widest, cell.time_ms(kind) / most)
+            near = (s for s in texts if math.dist(s, here) < SAME_SPOT)
+            spot = next(near, here)
+            text = ", ".join(filter(None, (cell.devices_label, cell.layout, cell.options)))
+            if text not in texts.setdefault(spot, []):
+                texts[spot].append(text)
+    taken: list[tuple[float, float, float]] = []  # left, right and middle of each label, as parts of the axes
+    for (x_place, y_place), words in sorted(texts.items(), key=lambda item: item[0][1]):
+        text = cut(words[0] + (f" and {len(words) - 1} more" if len(words) > 1 else ""), MAX_LABEL)
+        left, right, height = x_place, x_place + LETTER * len(text), y_place
+        while any(left < end and begin < right and abs(height - at) < LINE for begin, end, at in taken):
+            height += LINE / 4
+        taken.append((left, right, height))
+        axes.annotate(
+            text,
+            (x_place * widest, y_place * most),
+            xytext=(8, 3 + (height - y_place) * AXES_POINTS),
+            textcoords="offset points",
+            fontsize=7.5,
+        )
     lost = [cell for cell in own if cell.outcome in NOT_RUN]
     for place, cell in enumerate(lost):
         axes.text(
@@ -166,7 +187,7 @@ def tradeoff(cells: Sequence[Cell], kind: str) -> Drawn | None:
             color=style_of(cell.mode).colour,
             fontsize=8,
         )
-    axes.set_xlim(0, 1.18 * widest)
+    axes.set_xlim(0, 1.35 * widest)
     axes.set_ylim(0, 1.12 * most)
     axes.set_xlabel("peak memory of the fullest device, GiB")
     axes.set_ylabel(f"{what}, ms")
@@ -194,26 +215,32 @@ def over_time(cells: Sequence[Cell]) -> Drawn | None:
     left_out = len(chosen) - len(own)
     remark = f"; {left_out} more modes are not shown" if left_out else ""
     rows = -(-len(own) // PANELS_A_ROW)
+    used = max(
+        (value for cell in own for series in cell.record.telemetry.values() for _, value in series), default=0
+    )
+    capacities = {cap for cell in own for device in cell.devices if (cap := cell.capacity_gib(device))}
+    shows_capacity = bool(capacities) and max(capacities) <= MAX_EMPTY * used
+    red = "red: capacity" if shows_capacity else "capacity off the scale" if capacities else ""
     figure, grid = sheet(
         "Memory over time",
-        f"{subtitle_of(own)}\nin use, NVML, one line a GPU; shaded: phases; red: capacity{remark}",
-        height=2.2 * rows,
+        f"{subtitle_of(own)}\nin use, NVML, one line a GPU; shaded: phases{'; ' if red else ''}{red}{remark}",
+        height=2.0 * rows,
         rows=rows,
         columns=min(len(own), PANELS_A_ROW),
         sharey=True,
     )
     for axes, cell in zip(grid, own, strict=False):
-        _memory_panel(axes, cell)
+        _memory_panel(axes, cell, shows_capacity=shows_capacity)
     for axes in grid[len(own) :]:
         axes.set_visible(False)
     for axes in grid[:: min(len(own), PANELS_A_ROW)]:
         axes.set_ylabel("GiB in use")
-    grid[0].set_ylim(bottom=0)
+    grid[0].set_ylim(0, max(capacities) * 1.05 if shows_capacity else 2 * used or None)  # room for the phases
     alt = f"Memory in use over the run of {', '.join(cell.label for cell in own)}"
     return finish(figure, "memory_over_time", alt)
 
 
-def _memory_panel(axes: Axes, cell: Cell) -> None:
+def _memory_panel(axes: Axes, cell: Cell, *, shows_capacity: bool) -> None:
     colour, end = style_of(cell.mode).colour, 0.0
     for name, series in sorted(cell.record.telemetry.items()):
         if series:
@@ -226,9 +253,9 @@ def _memory_panel(axes: Axes, cell: Cell) -> None:
         if until - begin > 0.07 * end:
             middle, place_of = (begin + until) / 2, axes.get_xaxis_transform()
             axes.text(
-                middle, 0.6, phase, transform=place_of, rotation=90, ha="center", va="center", fontsize=7
+                middle, 0.64, phase, transform=place_of, rotation=90, ha="center", va="center", fontsize=7
             )
-    for capacity in {cap for device in cell.devices if (cap := cell.capacity_gib(device))}:
+    for capacity in {c for device in cell.devices if shows_capacity and (c := cell.capacity_gib(device))}:
         axes.axhline(capacity, color=CAPACITY_COLOUR, linewidth=1.2)
     axes.set_title(
         f"{cell.mode}, {cell.devices_label}" + ("" if cell.is_finished else f" ({cell.outcome})"), fontsize=8

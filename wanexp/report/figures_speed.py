@@ -5,10 +5,12 @@ modes never share an axis of time.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from wanexp.measure.comparison import median_interval
 from wanexp.report import answers
 from wanexp.report.cells import Cell
 from wanexp.report.drawing import (
@@ -32,6 +34,7 @@ WORDS = {  # kind -> title, y axis
     THROUGHPUT: ("Throughput over GPUs, throughput modes", "throughput, times the baseline's"),
 }
 PREDICTION_BAND = 0.10
+MAX_NAMED = 12  # series of the scaling figure; with more of them the legend names modes alone
 
 
 @styled
@@ -55,24 +58,41 @@ def scaling(cells: Sequence[Cell], kind: str, wanted: str | None = None) -> Draw
     ideal = [count / base.num_devices for count in counts]
     left.plot(counts, ideal, "--", color=GREY, linewidth=1.2)
     right.axhline(100, linestyle="--", color=GREY, linewidth=1.2)
-    series: dict[tuple[object, ...], list[tuple[int, float, float]]] = {}
-    for cell_base, cell in pairs:
+    series: dict[tuple[str, tuple[str, ...], str], list[tuple[int, float, float]]] = {}
+    beside = [pair for pair in pairs if pair[1] is not base]
+    for cell_base, cell in sorted(
+        beside, key=lambda pair: not pair[1].degrees
+    ):  # those on one device have none
         point = (cell.num_devices, answers.gain(cell_base, cell), answers.efficiency(cell_base, cell))
-        series.setdefault((cell.mode, tuple(cell.degrees), cell.options), []).append(point)
-    for (mode, *_), points in series.items():
-        style = style_of(str(mode))
-        fastest = sorted({point[0]: point for point in sorted(points)}.values())  # of several of one count
+        own_key = (cell.mode, tuple(cell.degrees), cell.options)
+        alike = [key for key in series if not cell.degrees and (key[0], key[2]) == (cell.mode, cell.options)]
+        for key in alike or [own_key]:
+            series.setdefault(key, []).append(point)
+    handles = []
+    dodge = 0.022 * (counts[-1] - counts[0])  # so that no mark of one count hides another
+    for number, ((mode, degrees, options), points) in enumerate(series.items()):
+        style = style_of(mode)
+        siblings = [key for key in series if key[0] == mode]
+        several = len({key[1] for key in siblings}) > 1
+        look: dict[str, Any] = {
+            "color": style.colour,
+            "marker": style.marker,
+            "markersize": 6,
+            "alpha": 0.9,
+            "markerfacecolor": style.colour if siblings[0] == (mode, degrees, options) else "white",
+        }
+        name = ", ".join(filter(None, (mode, " x ".join(degrees) if several else "", options)))
+        handles.append(Line2D([], [], linestyle="", label=name, **look))
+        shift = dodge * (number - (len(series) - 1) / 2)
+        fastest = {point[0]: point for point in sorted(points)}  # of several of one count
+        line = sorted(({base.num_devices: (base.num_devices, 1.0, 1.0)} | fastest).values())
         for axes, place, scale in ((left, 1, 1), (right, 2, 100)):
-            for shown_points, line in ((points, ""), (fastest, "-")):
+            for shown_points, dash in ((points, ""), (line, "-")):
                 axes.plot(
-                    [point[0] for point in shown_points],
+                    [count + shift * (count != base.num_devices) for count, *_ in shown_points],
                     [scale * point[place] for point in shown_points],
-                    color=style.colour,
-                    marker=style.marker if not line else "",
-                    linestyle=line,
-                    markersize=6,
-                    linewidth=1.4,
-                    alpha=0.8,
+                    **look | ({"marker": "", "linewidth": 1.0, "alpha": 0.5} if dash else {}),
+                    linestyle=dash,
                 )
     for axes, y_base in ((left, 1), (right, 100)):
         axes.plot(
@@ -91,8 +111,12 @@ def scaling(cells: Sequence[Cell], kind: str, wanted: str | None = None) -> Draw
     extra = [Line2D([], [], linestyle="--", color=GREY, label="ideal")]
     if lost:
         extra.append(Line2D([], [], linestyle="", marker="x", color=GREY, label="out of memory"))
-    modes = [base.mode, *(str(mode) for mode, *_ in series), *(cell.mode for cell in lost)]
-    legend_of_modes(left, modes, *extra, loc="upper left")
+    modes = [base.mode, *(mode for mode, *_ in series), *(cell.mode for cell in lost)]
+    if len(handles) <= MAX_NAMED:
+        named = {mode for mode, *_ in series}
+        modes, extra = [mode for mode in modes if mode not in named], [*handles, *extra]
+    legend_of_modes(figure, modes, *extra, loc="lower left", ncols=4)
+    left.set_ylim(0, 1.03 * left.get_ylim()[1])
     right.set_ylim(0, max(108, right.get_ylim()[1]))
     best = max(others, key=lambda cell: answers.gain(base, cell))
     alt = f"{title}; the best is {best.label} at {answers.gain(base, best):.2f} times {base.label}"
@@ -102,28 +126,39 @@ def scaling(cells: Sequence[Cell], kind: str, wanted: str | None = None) -> Draw
 @styled
 def times(cells: Sequence[Cell], kind: str) -> Drawn | None:
     """A row a cell: every step as a point, the median as a line, its interval as a bar."""
-    own = sorted(
-        (cell for cell in cells if cell.kind == kind),
-        key=lambda cell: cell.interval.median if cell.interval else float("inf"),
-    )
-    own, remark = shown(own)
-    timed = [cell for cell in own if cell.interval]
-    if not timed:
+    if not any(cell.kind == kind and cell.interval for cell in cells):
         return None
+    chosen = [
+        cell for cell in cells if cell.kind == kind or cell.mode == "none"
+    ]  # a base for throughput, too
+    intervals = {
+        id(cell): median_interval(times)
+        for cell in chosen
+        if cell.is_finished and (times := cell.times_ms(kind))
+    }
+    chosen.sort(key=lambda c: intervals[id(c)].median if id(c) in intervals else float("inf"))
+    own, remark = shown(chosen)
+    timed = [cell for cell in own if id(cell) in intervals]
+    bars = any(middle.low < middle.high for middle in intervals.values())
     title = "Step time, latency modes" if kind == LATENCY else "Time a sample, throughput modes"
     figure, (axes,) = sheet(
         title,
-        f"{subtitle_of(timed)}{remark}\npoints: steps; line: median; bar: its 95 % interval",
+        f"{subtitle_of(timed)}{remark}\npoints: steps; line and number: median"
+        + ("; dark bar: its 95 % interval" if bars else "; too few steps for intervals"),
         height=max(1.2, ROW_HEIGHT * len(own)),
     )
     row_axes(
         axes, [cell.label for cell in own], "ms a step" if kind == LATENCY else "ms a sample (step / batch)"
     )
+    longest = max(step for cell in timed for run in cell.times_ms(kind) for step in run)
     for row, cell in enumerate(own):
-        if cell.interval is None:
+        if id(cell) not in intervals:
             row_note(axes, row, NOT_RUN.get(cell.outcome, cell.outcome))
             continue
-        style, middle = style_of(cell.mode), cell.interval
+        style, middle = style_of(cell.mode), intervals[id(cell)]
+        axes.barh(row, middle.median, height=0.5, color=style.colour, alpha=0.15, linewidth=0)
+        end = max(middle.high, *(step for run in cell.times_ms(kind) for step in run))
+        axes.text(end + 0.015 * longest, row, f"{middle.median:,.4g}", va="center", fontsize=8)
         steps = [step for run in cell.times_ms(kind) for step in run]
         axes.barh(
             row,
@@ -131,7 +166,7 @@ def times(cells: Sequence[Cell], kind: str) -> Drawn | None:
             left=middle.low,
             height=0.5,
             color=style.colour,
-            alpha=0.22,
+            alpha=0.3,
             linewidth=0,
         )
         spread = [
@@ -141,9 +176,8 @@ def times(cells: Sequence[Cell], kind: str) -> Drawn | None:
             steps, spread, linestyle="", marker=style.marker, markersize=3.6, color=style.colour, alpha=0.75
         )
         axes.plot([middle.median] * 2, [row - 0.34, row + 0.34], color=style.colour, linewidth=2.2)
-    axes.set_xlim(left=0)
-    axes.margins(x=0.06)
-    alt = f"{title}: {', '.join(f'{c.label} {c.interval.median:.4g} ms' for c in own[:5] if c.interval)}"
+    axes.set_xlim(0, 1.1 * max(longest, *(intervals[id(cell)].high for cell in timed)))
+    alt = f"{title}: {', '.join(f'{c.label} {intervals[id(c)].median:.4g} ms' for c in timed[:5])}"
     return finish(figure, f"times_{kind}", alt)
 
 
@@ -161,7 +195,7 @@ def prediction(cells: Sequence[Cell]) -> Drawn | None:
     for kind in (LATENCY, THROUGHPUT):
         own = [cell for cell in finished if cell.kind == kind]
         if pairs := _pairs(own, "plan/predicted_step_ms", "latency/step_ms"):
-            panels.append((f"step time, {kind} modes, ms", pairs))
+            panels.append((f"step, {kind} modes, ms", pairs))
     if not panels:
         return None
     all_cells = [cell for _, pairs in panels for cell, _, _ in pairs]
@@ -188,7 +222,7 @@ def prediction(cells: Sequence[Cell]) -> Drawn | None:
             axes.plot(predicted, measured, marker=style.marker, color=style.colour, markersize=6, alpha=0.85)
             worst = max(worst, abs(predicted / measured - 1))
         axes.set(xlim=(0, top), ylim=(0, top), xlabel="predicted", ylabel="measured")
-        axes.set_title(label, fontsize=8.5)
+        axes.set_title(label, fontsize=8)
     legend_of_modes(figure, [cell.mode for cell in all_cells], loc="lower left", ncols=9, columnspacing=0.8)
     return finish(figure, "prediction", f"Predicted against measured; the largest error is {worst:.1%}")
 

@@ -29,7 +29,7 @@ def cell_tables(cells: Sequence[Cell], baseline: str | None = None) -> list[Bloc
             said += "Mode none did not finish, so the base is the cell with the fewest devices that did. "
         blocks.append(Text(said + INTERVAL_NOTE))
     for kind, title in ((LATENCY, "Latency modes"), (THROUGHPUT, "Throughput modes")):
-        own = [cell for cell in cells if cell.kind == kind and cell.runs]
+        own = [cell for cell in cells if cell.kind == kind and cell.runs and cell.outcome != "skipped"]
         if own:
             blocks += [Heading(title, 3), _times_table(own, cells, kind, verdicts, baseline)]
     ran = [cell for cell in cells if cell.is_finished]
@@ -61,7 +61,8 @@ def _times_table(
     for cell in own:
         row = [cell.label, NOT_RUN.get(cell.outcome, cell.outcome)] + [""] * 8
         if middle := cell.interval:
-            row[2:5] = f"{middle.median:,.4g}", f"{middle.low:,.4g} to {middle.high:,.4g}", _count(cell)
+            within = f"{middle.low:,.4g} to {middle.high:,.4g}" if middle.low < middle.high else ""
+            row[2:5] = f"{middle.median:,.4g}", within, _count(cell)
         base, verdict = answers.baseline_of(cell, cells, baseline), verdicts.get(id(cell))
         if base is cell:
             row[7] = "baseline"
