@@ -80,7 +80,7 @@ def main() -> int:
         "results",
         type=Path,
         nargs="+",
-        help="JSON files of bench_layouts.py on H200, and last the Markdown file",
+        help="JSON files of runs on H200, of bench_layouts.py or sweeps, and last the Markdown file",
     )
     options = parser.parse_args()
     register()
@@ -90,7 +90,7 @@ def main() -> int:
     if options.command == "layouts":
         *results, out = options.results
         before = out.read_text().partition(FUSED_HEADING)[0].rstrip() if out.exists() else ""
-        out.write_text(f"{before}\n\n{FUSED_HEADING}{layouts_markdown(results)}".lstrip())
+        out.write_text(f"{before}\n\n{FUSED_HEADING}{layouts_markdown(results, out)}".lstrip())
     else:
         *folders, out = options.records
         kept = out.read_text().partition(FUSED_HEADING)[1:] if out.exists() else ()
@@ -102,22 +102,31 @@ def main() -> int:
 FUSED_HEADING = "## Fused kernels\n"
 
 
-def layouts_markdown(results: list[Path]) -> str:
-    """What this planner says to the overrides of each run, with the H200's profile, beside what the run measured."""
+def layouts_markdown(results: list[Path], out: Path) -> str:
+    """For the file `out`: what this planner says to the overrides of each run, beside what the run measured.
+
+    With the H200's profile.
+    """
     rows: list[str] = []
     peak_errors: list[float] = []
     step_errors: dict[bool, list[float]] = {True: [], False: []}  # by "without a warm-up step"
     for path in results:
         for run in json.loads(path.read_text())["runs"]:
             if run["outcome"] == "finished":
-                row, peak_error, step_error = layout_row(path.stem, run["overrides"], run["metrics"])
+                # Runs that do not tell are older than any choice of transports.
+                transport = run.get("effective", {}).get("transport") or "collectives"
+                source = path.parent.name if path.stem == "runs" else path.stem
+                row, peak_error, step_error = layout_row(
+                    source, [*run["overrides"], f"transport={transport}"], run["metrics"]
+                )
                 rows.append(row)
                 peak_errors.append(peak_error)
                 step_errors["workload.num_warmup_steps=0" in run["overrides"]].append(step_error)
+    places = [path.relative_to(out.parent) if path.is_relative_to(out.parent) else path for path in results]
     lines = [
         "",
-        "Fused kernels and fa3 on two H200, as `scripts/bench_layouts.py` measured them in "
-        f"{' and '.join(f'[{path.name}]({path.name})' for path in results)}. Predicted by the planner as it is, from "
+        "Fused kernels and fa3 on two H200, as `scripts/bench_layouts.py` and sweeps measured them in "
+        f"{', '.join(f'[{path}]({path})' for path in places)}. Predicted by the planner as it is, from "
         "the overrides and the profile: `scripts/check_planner.py layouts` makes this table. Peaks: GiB of GPU 0 / 1.",
         "",
         f"Worst errors: peak {worst(peak_errors)}; time {worst(step_errors[False])}, without a warm-up step "
@@ -138,7 +147,8 @@ def worst(errors: list[float]) -> str:
 def layout_row(source: str, overrides: list[str], metrics: dict[str, float]) -> tuple[str, float, float]:
     """A row of the table, and its errors in percent: of the peak that is further off, and of the step."""
     num_gpus = round(metrics["setup/num_gpus"])
-    asked = [override for override in overrides if not override.startswith(("gpus=", "hardware="))]
+    beside = ("gpus=", "hardware=", "+sweep=", "sweep_report=", "tracking=")
+    asked = [override for override in overrides if not override.startswith(beside)]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         machine = ["hardware=2x_h200", f"hardware.num_devices={num_gpus}"]
         config = to_run_config(compose("config", overrides=[*asked, *machine]))
@@ -152,7 +162,7 @@ def layout_row(source: str, overrides: list[str], metrics: dict[str, float]) -> 
     step_ms, found_ms = predict_time(config, plan, profiles).step_s * 1000, metrics["latency/step_ms"]
     peak_error = max((100 * (a / b - 1) for a, b in zip(peaks, found, strict=True)), key=abs)
     step_error = 100 * (step_ms / found_ms - 1)
-    hidden = ("workload.num_warmup_steps=", "workload.num_steps=")
+    hidden = ("workload.num_warmup_steps=", "workload.num_steps=", "transport=", "verify=")
     cells = [
         source,
         ", ".join(override.partition("=")[2] for override in asked if not override.startswith(hidden)),
