@@ -10,6 +10,7 @@ is its block of the ring. A rank computes a few rows more than it has tokens, wh
 row meets another, so the answer is exact, and nothing is masked. For inference.
 """
 
+from collections import deque
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,7 @@ from wanexp.wan.fused import release
 from wanexp.wan.rope import Rope
 from wanexp.wan.transformer import WanTransformer
 
+ROUNDS_AHEAD = 2  # of the ring, that the host may be ahead of the GPU
 BlockInputs = tuple[Tensor, Tensor, Tensor, Rope, Tensor | None]
 
 
@@ -80,6 +82,7 @@ class _SplitForward:
         self.ulysses = ulysses if self.num_ulysses > 1 else None
         self.ring = ring if self.num_ring > 1 else None
         self.ulysses_rank, self.ring_rank = rank_in(self.ulysses), rank_in(self.ring)
+        self._rounds: deque[torch.cuda.Event] = deque()  # of the ring, the last ones
         self.shares: tuple[tuple[int, ...], ...] = ()  # tokens of each rank, [ring rank][ulysses rank]
         self._own: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.exchange: Exchange | None = None
@@ -194,6 +197,13 @@ class _SplitForward:
 
     def _around_ring(self, attend: AttentionWithLse, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.ring is not None
-        return attend_around_ring(
+        attended = attend_around_ring(
             attend, q, k, v, group=self.ring, tokens=self.block_shares, traffic=self.traffic
         )
+        if q.is_cuda:
+            # What NCCL sends and receives is kept from reuse until the GPU has come there: a host that runs a whole
+            # forward ahead has the allocator take new memory at every block (720p: 68 GiB for 31).
+            self._rounds.append(torch.cuda.current_stream(q.device).record_event())
+            if len(self._rounds) > ROUNDS_AHEAD:
+                self._rounds.popleft().synchronize()
+        return attended
