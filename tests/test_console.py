@@ -293,6 +293,25 @@ def test_sweep_table_names_what_differs():
     screen.console.sweep_table(cells)
     assert "none video=tiny" in screen.text()
     assert "none video=480p" in screen.text()
+
+
+def test_sweep_table_tells_variants_and_repeats_apart_and_not_how_the_sweep_was_resumed():
+    screen = Screen()
+    cells = [
+        record(overrides=[f"parallelism={chosen}", *more], effective={"mode": "context_parallel"}, **fields)
+        for chosen, more, fields in (
+            ("context_parallel", [], {}),
+            ("context_parallel_ring", ["resume=true", "limits.run_s=9"], {}),
+            ("auto", ["resume=true"], {"repeat": 2}),
+        )
+    ]
+    screen.console.sweep_table(cells)
+    rows = [row[0] for row in screen.rows() if row and row[0].startswith("context_parallel")]
+    assert rows == ["context_parallel", "context_parallel_ring", "context_parallel"]
+    assert "repeat 2" in screen.text() and "resume" not in screen.text() and "limits" not in screen.text()
+
+
+def test_sweep_table_of_nothing():
     empty = Screen()
     empty.console.sweep_table([])
     assert empty.text() == ""

@@ -15,8 +15,9 @@ from wanexp.errors import UserError
 from wanexp.measure import parity
 from wanexp.parallel.layout import Layout
 from wanexp.record import SCHEMA_VERSION, Record, read_record
-from wanexp.runner import run
+from wanexp.runner import NO_KERNEL, run
 from wanexp.sweep import SweepCell
+from wanexp.wan.flash_attention import CannotRun
 from wanexp.wan.weights import RandomWeights
 from wanexp.wan.write_checkpoint import write_checkpoint
 
@@ -274,6 +275,16 @@ def test_a_senseless_layout_is_skipped_in_a_sweep_and_an_error_alone(execute, tm
     with pytest.raises(UserError, match=words):
         execute(*overrides)
     assert read_record(tmp_path / "run").outcome == "failed"
+
+
+def test_a_kernel_that_the_device_lacks_is_skipped_in_a_sweep_and_fails_alone(execute, tmp_path):
+    record = execute("attention=fa3", "verify=never", sweep=SweepCell("a_sweep", 0, 2))
+    assert (record.outcome, record.error) == ("skipped", None)
+    assert "fa3 cannot run on cpu" in record.message
+    with pytest.raises(UserError, match="fa3 cannot run on cpu"):
+        execute("attention=fa3", "verify=never")
+    record = read_record(tmp_path / "run")
+    assert record.outcome == "failed" and record.error["type"] == NO_KERNEL == CannotRun.__name__
 
 
 @pytest.mark.parametrize(

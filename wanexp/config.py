@@ -253,13 +253,16 @@ def _sweep_folder(sweep_name: str | None, now: str) -> str:
     return now if sweep_name is None else str(sweep_name)
 
 
-def _cell_folder(number: int, mode: str, gpus: Sequence[int] | None) -> str:
-    """`003_block_distribution_2gpus`: sorts in order, and holds no bracket or comma."""
+def _cell_folder(number: int, mode: str, chosen: str, gpus: Sequence[int] | None) -> str:
+    """`003_block_distribution_2gpus`: sorts in order, and holds no bracket or comma.
+
+    chosen: the file of conf/parallelism; it may be a variant of the mode, context_parallel_ring.
+    """
     if gpus is None:
         count = "1gpu" if mode == "none" else "all_gpus"
     else:
         count = "1gpu" if len(gpus) == 1 else f"{len(gpus)}gpus"
-    return f"{int(number):03d}_{mode}_{count}"
+    return f"{int(number):03d}_{chosen if chosen.startswith(mode) else mode}_{count}"
 
 
 def to_run_config(config: DictConfig) -> RunConfig:

@@ -4,6 +4,7 @@ With colours in a terminal; elsewhere plain text without control codes. Import i
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
@@ -20,6 +21,8 @@ from wanexp.config import RunConfig
 from wanexp.planning.plan import Plan, is_lossy_run
 from wanexp.progress import ProgressReporter, show_progress
 from wanexp.record import Record
+from wanexp.sweep.fingerprint import NOT_OF_THE_CELL
+from wanexp.tracking import describe
 from wanexp.workloads.sizes import forwards_per_step, guidance_of, num_tokens
 
 GIB = 1024**3
@@ -344,15 +347,18 @@ def _device_table(metrics: Mapping[str, float]) -> Table | None:
 
 
 def _cell_labels(records: Sequence[Record]) -> list[str]:
-    """The mode of each cell, and those of its overrides in which the cells differ."""
+    """The mode of each run, those of its overrides in which the cells differ, and which repeat it is."""
     common = set.intersection(*(set(record.overrides) for record in records))
+    hidden = ("parallelism", "gpus")
     labels = []
     for record in records:
-        requested = record.requested.get("parallelism", {}).get("mode")
-        mode = record.effective.get("mode") or requested or record.name
         own = [override for override in record.overrides if override not in common]
-        own = [override for override in own if override.partition("=")[0] not in ("parallelism", "gpus")]
-        labels.append(" ".join([mode, *own]))
+        own = [override for override in own if override.partition("=")[0] not in hidden]
+        own = [
+            override for override in own if re.split("[.=]", override.lstrip("+"))[0] not in NOT_OF_THE_CELL
+        ]
+        repeat = [f"repeat {record.repeat}"] if (record.repeat or 1) > 1 else []
+        labels.append(" ".join([describe.variant(record) or record.name, *own, *repeat]))
     return labels
 
 

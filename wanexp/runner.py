@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from wanexp.meeting import Machines
     from wanexp.sweep import SweepCell
 
+NO_KERNEL = (
+    "CannotRun"  # what a rank raises where a named attention kernel cannot run (wan/flash_attention.py)
+)
+
 
 def run(
     config: RunConfig, *, folder: Path, overrides: Sequence[str] = (), sweep: "SweepCell | None" = None
@@ -46,7 +50,8 @@ def run(
     """Execute one run and leave its record in `folder`.
 
     What happens to the run is the record's outcome. Bad input raises UserError once its record is written; in a sweep
-    it is the cell's outcome instead: `skipped` for a layout that makes no sense, else `failed`.
+    it is the cell's outcome instead: `skipped` for a layout that makes no sense, or a kernel that the device lacks,
+    else `failed`.
     """
     record = Record(
         run_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}",
@@ -76,7 +81,10 @@ def run(
         else:
             execute(config, prepared, record, folder, console)
     except UserError as error:
-        record.outcome = "skipped" if sweep and isinstance(error, LayoutError) else "failed"
+        lacks_kernel = record.error is not None and record.error.get("type") == NO_KERNEL
+        record.outcome = "skipped" if sweep and (isinstance(error, LayoutError) or lacks_kernel) else "failed"
+        if record.outcome == "skipped":
+            record.error = None  # a traceback would look like a fault
         record.message = str(error)
         if not sweep:
             record.ended = _now()

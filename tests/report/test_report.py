@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tests.report.made_up import record_of, scaling_sweep, write_sweep
 from wanexp.record import OUTCOMES, Record
 from wanexp.report import command, figures_memory, figures_speed
 from wanexp.report.cells import Cell, Run, Sweep
-from wanexp.report.collect import make_cells
+from wanexp.report.collect import make_cells, read_sweep
 from wanexp.report.compose import compose, draw, single_run
 from wanexp.report.drawing import MAX_ROWS, Drawn
 from wanexp.report.page import escape_markdown, to_html, to_markdown
@@ -187,7 +188,32 @@ def test_cells_that_never_ran_are_repeated_by_their_overrides(tmp_path: Path) ->
     assert command.main([str(folder)]) == 0
     line = "python -m wanexp parallelism=cfg_parallel 'gpus=[0,1,2,3]' model=wan2.1_t2v_14b"
     assert line in (folder / "report.md").read_text()
-    assert single_run(["+sweep=modes", "sweep_name=x", "gpus=[0]", "hydra.mode=MULTIRUN"]) == ["gpus=[0]"]
+
+
+def test_the_command_of_one_cell_has_nothing_of_the_sweep_but_its_file() -> None:
+    """What a sweep alone may ask for ends a single run; the file of a sweep may choose the model (mlperf)."""
+    grid = ["sweep_name=x", "gpus=[0]", "repeats=3", "resume=true", "hydra.sweeper.max_batch_size=4"]
+    assert single_run(grid) == ["gpus=[0]"]
+    assert single_run(["+sweep=mlperf", *grid]) == ["+sweep=mlperf", "gpus=[0]", "hydra.mode=RUN"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("s", "resume=true"), (None, "sweep_name=2026-11-26_20-00-00 resume=true")],
+)
+def test_a_sweep_that_is_not_whole_says_what_runs_the_rest(
+    name: str | None, expected: str, tmp_path: Path
+) -> None:
+    folder = write_sweep(tmp_path / "s", small_sweep())
+    document = {
+        "state": "interrupted",
+        "name": name,
+        "sweep_id": "2026-11-26_20-00-00",
+        "command": ["python", "-m", "wanexp", "-m", "gpus=[0],[0,1]", "resume=true"],
+    }
+    sweep = replace(read_sweep(folder), document=document)
+    text = to_markdown(compose(sweep).blocks, figures="figures")
+    assert f"python -m wanexp -m 'gpus=[0],[0,1]' {expected}\n" in text
 
 
 def test_against_an_older_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,10 +221,14 @@ def test_against_an_older_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[st
     same = write_sweep(tmp_path / "same", small_sweep(seed=1))
     slow = write_sweep(tmp_path / "slow", small_sweep(seed=1, slowdown=1.2))
     assert command.main([str(same), "--against", str(old)]) == 0
-    assert "Against old: no regression" in capsys.readouterr().out
+    assert re.search(r"Against old: no regression \(\d same", capsys.readouterr().out)
     assert command.main([str(slow), "--against", str(old)]) == 1
     assert capsys.readouterr().out.count("Regression: ") == 6
     assert "slower: +2" in (slow / "report.md").read_text()
+    other = write_sweep(tmp_path / "other", [record_of("context_parallel", 8)])
+    capsys.readouterr()
+    assert command.main([str(other), "--against", str(old)]) == 0
+    assert "Against old: nothing to compare" in capsys.readouterr().out, "no good news"
 
 
 def test_against_says_that_the_machine_changed(tmp_path: Path) -> None:

@@ -157,7 +157,10 @@ def test_the_named_sweeps(sweep, fakes, tmp_path):
     assert all(asked.count(parallelism) == 1 for parallelism in asked)
     (folder,) = (tmp_path / "multirun").iterdir()
     assert folder.name == "modes_tiny", "the same command finds it again"
-    assert folders(folder)[3] == "003_block_distribution_all_gpus"
+    assert folders(folder)[3:5] == [
+        "003_block_distribution_all_gpus",
+        "004_block_distribution_interleaved_all_gpus",
+    ]
     assert {call["config"].sweep_name for call in fakes.calls} == {folder.name}
 
 
@@ -240,6 +243,17 @@ def test_ctrl_c_stops_the_rest_and_keeps_what_there_is(sweep, fakes, tmp_path, e
     assert [cell["outcome"] for cell in document["cells"]] == ["finished", "interrupted"]
     assert document["ended"] and document["state"] == "interrupted"
     assert [len(table) for table in fakes.tables] == [2]
+
+
+def test_a_sweep_without_a_name_says_how_to_go_on_with_it(sweep, fakes, tmp_path, capsys):
+    fakes.endings, fakes.writes = {1: "interrupted"}, True
+    words = ["-m", "seed=1,2,3", "hardware=cpu", "tracking=none"]
+    assert sweep(*words) == 130
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "runs are missing" in line]
+    fakes.endings = {}
+    assert sweep(*words, *line.partition("repeat the command with ")[2].split()) == 0
+    (folder,) = (tmp_path / "multirun").iterdir()
+    assert [cell["outcome"] for cell in sweep_file(folder)["cells"]] == ["finished"] * 3
 
 
 def test_batches_of_cells_make_one_sweep(sweep, fakes, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import rich.console
@@ -12,7 +13,7 @@ from tests.hardware.fake_nvml import GIB, FakeGpu, FakeNvml, gpu_device
 from wanexp.events import EventLog
 from wanexp.record import Record
 from wanexp.sweep.forecast import Forecast
-from wanexp.sweep.live import LiveSweep, _Gpus, counts, sweep_table, time_left
+from wanexp.sweep.live import LiveSweep, _Gpus, counts, labels, sweep_table, time_left
 from wanexp.sweep.run import SweepRun
 
 
@@ -21,7 +22,7 @@ def make_run(folder: Path, index: int, outcome: str = "", *, cell: str = "", sec
         index, 1, [f"seed={index}"], OmegaConf.create({}), None, None, folder / f"00{index}_none_1gpu"
     )
     run.cell, run.seconds = cell or str(index), seconds
-    run.forecast = Forecast(cpu_devices(2))
+    run.forecast = Forecast(cpu_devices(2), needed=(1, 1))
     if outcome:
         run.record = Record(
             "id", "none tiny", "now", {}, outcome=outcome, message="why" * (outcome != "finished")
@@ -52,6 +53,18 @@ def test_time_left_knows_earlier_repeats_and_the_mean(tmp_path):
     assert time_left(runs, runs[3], 4.0) == 6 + 20
     assert time_left(runs, runs[3], 40.0) == 20, "late, not early"
     assert time_left(runs[2:], None, 0.0) is None
+    runs[4].forecast = Forecast(cpu_devices(2))
+    assert time_left(runs, None, 0.0) == 10, "a cell that cannot run takes no time"
+
+
+def test_the_name_of_a_run_says_what_the_sweep_varies(tmp_path):
+    runs = [make_run(tmp_path, index) for index in range(2)]
+    for run, kernel in zip(runs, ("sdpa_flash", "fa3"), strict=True):
+        run.overrides = ["model=tiny", "parallelism=none", f"attention={kernel}"]
+    assert list(labels(runs).values()) == [
+        "000_none_1gpu attention=sdpa_flash",
+        "001_none_1gpu attention=fa3",
+    ]
 
 
 def test_progress_json_tells_the_phase_of_the_run_under_way(tmp_path):
@@ -70,11 +83,15 @@ def test_progress_json_tells_the_phase_of_the_run_under_way(tmp_path):
     assert (current["folder"], current["phase"], current["done"], current["total"]) == (
         "001_none_1gpu", "measure", 3, 4
     )  # fmt: skip
+    assert progress["pid"] == os.getpid()
     assert 2 < progress["eta_s"] <= 4 and progress["memory_gib"] == {}
     after = json.loads((tmp_path / "progress.json").read_text())
     assert (after["state"], after["current"], after["counts"]["failed"]) == ("interrupted", None, 1)
     text = out.getvalue()
-    assert "run 2 of 3: 001_none_1gpu, about 4 s left" in text and "001_none_1gpu: oom after 3 s: why" in text
+    assert (
+        "run 2 of 3: 001_none_1gpu seed=1, about 4 s left" in text
+        and "001_none_1gpu: oom after 3 s: why" in text
+    )
     assert "\x1b" not in text, "no control codes where there is no terminal"
 
 

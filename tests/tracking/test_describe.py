@@ -23,6 +23,10 @@ def on_cpu() -> Record:
 
 def test_run_name_is_the_verdict() -> None:
     assert describe.run_name(make_record()) == "block_distribution 2 GPU - 812 ms/step - 7.1 GiB - tiny"
+    variant = make_record(overrides=["parallelism=block_distribution_interleaved"])
+    assert describe.run_name(variant).startswith("block_distribution_interleaved 2 GPU - 812 ms/step")
+    auto = make_record(overrides=["parallelism=auto"])
+    assert describe.run_name(auto).startswith("block_distribution 2 GPU")
     assert describe.run_name(on_cpu()).startswith("block_distribution 2 CPU - 812 ms/step")
     out_of_memory = make_record(outcome="oom", metrics={})
     assert describe.run_name(out_of_memory) == "block_distribution 2 GPU - oom - tiny"

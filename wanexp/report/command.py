@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{term}: {said}")
     for regression in report.regressions:
         print(f"Regression: {regression}")
-    if before is not None and not report.regressions:
-        print(f"Against {before.sweep_id}: no regression")
+    if report.against:
+        print(report.against)
     print(*paths, sep="\n")
     return 1 if report.regressions else 0
 

@@ -2,8 +2,9 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from wanexp.report import answers, figures_memory, figures_speed
 from wanexp.report.cells import Cell, Sweep
@@ -17,17 +18,27 @@ from wanexp.tracking.location import tool_command
 
 MAX_DRAWN_SETTINGS = 4  # models, videos and workloads whose figures are drawn
 MAX_WARNINGS = 40
+OF_A_SWEEP = (
+    "sweep_name",
+    "sweep_order",
+    "sweep_report",
+    "repeats",
+    "resume",
+)  # settings that no single run has
 
 
 @dataclass(frozen=True)
 class Report:
-    """A sweep's page. headline: the answers of the first setting. regressions: cells that got worse, in words."""
+    """A sweep's page. headline: the answers of the first setting. regressions: cells that got worse, in words.
+    against: what else the comparison with an older sweep came to; empty without one.
+    """
 
     title: str
     blocks: list[Block]
     headline: list[tuple[str, str]]
     figures: list[Drawn]
     regressions: list[str]
+    against: str = ""
 
 
 def compose(sweep: Sweep, *, before: Sweep | None = None, baseline: str | None = None) -> Report:
@@ -35,7 +46,10 @@ def compose(sweep: Sweep, *, before: Sweep | None = None, baseline: str | None =
     if baseline is not None:
         answers.check_baseline(sweep.cells, baseline)
     title = f"Sweep {sweep.sweep_id}"
-    blocks: list[Block] = [Heading(title, 1), Text(_state(sweep))]
+    top: list[Block] = [Heading(title, 1), Text(_state(sweep))]
+    if not _is_whole(sweep):
+        top.append(Code(resume_command(sweep.document)))
+    blocks: list[Block] = []
     figures: list[Drawn] = []
     for place, setting in enumerate(sweep.settings):
         cells = sweep.of_setting(setting)
@@ -51,15 +65,17 @@ def compose(sweep: Sweep, *, before: Sweep | None = None, baseline: str | None =
             Text(f"Figures are drawn for the first {MAX_DRAWN_SETTINGS} settings; the tables have all.")
         )
     regressions: list[str] = []
+    against = ""
     if before is not None:
         found = answers.changes(sweep, before)
         regressions = [
             f"{change.cell.label}: {_change_words(change)}" for change in found if change.is_regression
         ]
-        blocks[2:2] = change_blocks(sweep, before, found)
+        top += change_blocks(sweep, before, found)
+        against = change_sentence(before, found)
     blocks += not_finished(sweep) + commands(sweep) + machine(sweep) + warnings(sweep)
     headline = answers.answers(sweep.of_setting(sweep.settings[0]), baseline) if sweep.cells else []
-    return Report(title, blocks, headline, figures, regressions)
+    return Report(title, top + blocks, headline, figures, regressions, against)
 
 
 def draw(cells: Sequence[Cell], baseline: str | None) -> list[Drawn]:
@@ -77,6 +93,18 @@ def draw(cells: Sequence[Cell], baseline: str | None) -> list[Drawn]:
         figures_speed.energy(ran),
     ]
     return [drawn for drawn in found if drawn is not None]
+
+
+def change_sentence(before: Sweep, found: Sequence[answers.Change]) -> str:
+    """How many cells were compared, and with what result: no regression among none is no good news."""
+    count = Counter(change.comparison.verdict for change in found if change.comparison)
+    if not count:
+        return f"Against {before.sweep_id}: nothing to compare, no cell with times was run with the same settings"
+    worse = sum(change.is_regression for change in found)
+    verdicts = ", ".join(f"{number} {verdict}" for verdict, number in count.most_common())
+    return (
+        f"Against {before.sweep_id}: {plural(worse, 'regression') if worse else 'no regression'} ({verdicts})"
+    )
 
 
 def change_blocks(sweep: Sweep, before: Sweep, found: Sequence[answers.Change]) -> list[Block]:
@@ -145,10 +173,10 @@ def commands(sweep: Sweep) -> list[Block]:
 
 
 def single_run(overrides: Sequence[str]) -> list[str]:
-    """Overrides of one cell without what would make a sweep of it again."""
-    return [
-        text for text in overrides if not text.lstrip("+").startswith(("sweep=", "sweep_name=", "hydra."))
-    ]
+    """Overrides that run one cell alone. A sweep file stays, since it may choose more than the grid (mlperf)."""
+    keys = {text: text.lstrip("+").partition("=")[0] for text in overrides}
+    own = [text for text in overrides if keys[text] not in OF_A_SWEEP and not keys[text].startswith("hydra.")]
+    return own + ["hydra.mode=RUN"] if "sweep" in keys.values() else own
 
 
 def warnings(sweep: Sweep) -> list[Block]:
@@ -174,11 +202,23 @@ def _state(sweep: Sweep) -> str:
     started = sorted(record.started for record in records if record.started)
     ended = sorted(record.ended for record in records if record.ended)
     when = f" from {_moment(started[0])} to {_moment(ended[-1])} UTC" if started and ended else ""
-    state = sweep.document.get("state") or "finished"
     said = f"{', '.join(parts)}; {plural(len(records), 'run')}{when}."
-    if state == "finished":
+    if _is_whole(sweep):
         return said
-    return f"{said} The sweep is not whole ({state}): its command with resume=true runs what is missing."
+    return f"{said} The sweep is not whole ({sweep.document['state']}). This runs what is missing:"
+
+
+def _is_whole(sweep: Sweep) -> bool:
+    return sweep.document.get("state") in (None, "", "finished")
+
+
+def resume_command(document: Mapping[str, Any]) -> str:
+    """The command of a sweep.json, to go on with that sweep."""
+    words = [str(word) for word in document.get("command") or ["python", "-m", "wanexp"]]
+    words = [word for word in words if word.partition("=")[0] != "resume"]
+    if document.get("name") is None:
+        words.append(f"sweep_name={document.get('sweep_id')}")
+    return shlex.join([*words, "resume=true"])
 
 
 def _moment(text: str) -> str:

@@ -136,7 +136,9 @@ class SweepLauncher(Launcher):
         if self.state == "stopped":
             print(f"error: the sweep stopped: {self.reason}", file=sys.stderr)
         if missing:
-            print(f"{missing} of {len(self.runs)} runs are missing; repeat the command with resume=true")
+            unnamed = OmegaConf.select(self.config, "sweep_name") is None
+            how = f"sweep_name={self.folder.name} resume=true" if unnamed else "resume=true"
+            print(f"{missing} of {len(self.runs)} runs are missing; repeat the command with {how}")
         if self.state == "interrupted":
             return 130
         code = sweep_exit_code(record.outcome for record in records)

@@ -14,6 +14,7 @@ The parent stays quiet while workers are timed: it looks once in two seconds.
 """
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -32,6 +33,7 @@ from wanexp.events import EventTail
 from wanexp.hardware.devices import Device
 from wanexp.hardware.nvml import NvmlUnavailable, handle_of, open_nvml, used_bytes
 from wanexp.sweep.files import PROGRESS_FILE, write_json
+from wanexp.sweep.order import can_run
 from wanexp.sweep.run import SweepRun
 
 GIB = 1024**3
@@ -47,6 +49,19 @@ def state_of(run: SweepRun, current: SweepRun | None) -> str:
     return "running" if run is current else "waiting"
 
 
+def labels(runs: Sequence[SweepRun]) -> dict[int, str]:
+    """By id: the name of each run, and those of its overrides in which the cells differ and that the name lacks."""
+    common = set.intersection(*(set(run.overrides) for run in runs)) if runs else set()
+    hidden = ("parallelism", "gpus")
+    own = {
+        id(run): [
+            word for word in run.overrides if word not in common and word.partition("=")[0] not in hidden
+        ]
+        for run in runs
+    }
+    return {id(run): " ".join([run.name, *own[id(run)]]) for run in runs}
+
+
 def counts(states: Sequence[str]) -> dict[str, int]:
     """How many runs are finished, skipped, failed in any other way, running, waiting."""
     found = dict.fromkeys(("finished", "skipped", "failed", "running", "waiting"), 0)
@@ -58,7 +73,7 @@ def counts(states: Sequence[str]) -> dict[str, int]:
 def time_left(runs: Sequence[SweepRun], current: SweepRun | None, current_s: float) -> float | None:
     """Seconds until the last run is done; None before the first one is.
 
-    A run takes as long as an earlier repeat of its cell; else as the mean of those that ran.
+    A run takes as long as an earlier repeat of its cell; else as the mean of those that ran; no time if it cannot run.
     """
     took: dict[str, list[float]] = {}
     for run in runs:
@@ -69,7 +84,7 @@ def time_left(runs: Sequence[SweepRun], current: SweepRun | None, current_s: flo
     everything = [seconds for times in took.values() for seconds in times]
     left = 0.0
     for run in runs:
-        if run.record is None:
+        if run.record is None and can_run(run):
             known = took.get(run.cell, everything)
             expected = sum(known) / len(known)
             left += max(0.0, expected - current_s) if run is current else expected
@@ -133,7 +148,7 @@ class LiveSweep:
         done = sum(other.record is not None for other in self._runs)
         left = time_left(self._runs, run, 0.0)
         ending = f", about {_duration(left)} left" if left else ""
-        self._line(f"\nrun {done + 1} of {len(self._runs)}: {run.name}{ending}")
+        self._line(f"\nrun {done + 1} of {len(self._runs)}: {labels(self._runs)[id(run)]}{ending}")
         try:
             with self._output_of(run):
                 yield
@@ -160,6 +175,7 @@ class LiveSweep:
             return {
                 "schema_version": 1,
                 "sweep_id": self._folder.name,
+                "pid": os.getpid(),
                 "updated": datetime.now(UTC).isoformat(timespec="seconds"),
                 "state": self._state,
                 "elapsed_s": round(now - self._begin, 1),
@@ -231,6 +247,7 @@ def sweep_table(
     if len(runs) > MAX_ROWS:
         position = next((n for n, run in enumerate(runs) if run is current), len(runs))
         first = max(0, min(position - MAX_ROWS // 2, len(runs) - MAX_ROWS))
+    names = labels(runs)
     for run in runs[first : first + MAX_ROWS]:
         state = state_of(run, current)
         metrics = run.record.metrics if run.record else {}
@@ -242,7 +259,7 @@ def sweep_table(
         elif run.is_kept:
             shown = f"{state} earlier"
         table.add_row(
-            Text(run.name),
+            Text(names[id(run)]),
             Text(shown, style=STYLES.get(state, "red")),
             _number(metrics.get("latency/step_ms"), ".4g"),
             _number(metrics.get("memory/peak_allocated_gib"), ".2f"),

@@ -34,7 +34,7 @@ def run_name(record: Record) -> str:
     MLflow's table of runs shows nothing else until its reader picks columns.
     """
     metrics = metrics_of(record)
-    parts = [" ".join(present(mode(record) or record.name, _count(record)))]
+    parts = [" ".join(present(variant(record) or record.name, _count(record)))]
     if record.outcome != "finished":
         parts.append(record.outcome)
     if "latency/step_ms" in metrics:
@@ -137,6 +137,13 @@ def mode(record: Record) -> str | None:
     """The mode that ran, or the one that was asked for."""
     parallelism = mapping(record.requested.get("parallelism"))
     return record.effective.get("mode") or parallelism.get("mode")
+
+
+def variant(record: Record) -> str | None:
+    """The mode, by its name in conf/parallelism where that says more: `context_parallel_ring`."""
+    name = mode(record)
+    chosen = dict(text.partition("=")[::2] for text in record.overrides).get("parallelism", "")
+    return chosen if name and chosen.startswith(name) else name
 
 
 def weights(record: Record) -> str:

@@ -44,7 +44,10 @@ def fetch_sweep(sweep_id: str, tracking: TrackingConfig) -> Sweep:
             else:
                 runs.append(Run(_record_of(client, run, folder)))
     if not runs:
-        raise UserError(f"no run of experiment {tracking.experiment} has the tag sweep_id={sweep_id}")
+        raise UserError(
+            f"{sweep_id} is no folder here, and no run of experiment {tracking.experiment} has the tag "
+            f"sweep_id={sweep_id}"
+        )
     entries = entries_of(document)
     place: dict[tuple[str, ...], int] = {}
     for number, entry in enumerate(entries):
