@@ -39,9 +39,8 @@ if TYPE_CHECKING:
     from wanexp.meeting import Machines
     from wanexp.sweep import SweepCell
 
-NO_KERNEL = (
-    "CannotRun"  # what a rank raises where a named attention kernel cannot run (wan/flash_attention.py)
-)
+# What a rank raises where a named attention kernel cannot run (wan/flash_attention.py)
+NO_KERNEL = "CannotRun"
 
 
 def run(
