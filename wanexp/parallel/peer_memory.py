@@ -74,7 +74,7 @@ class PeerMemory:
         self.num_bytes = num_bytes
 
     def place(self, rank: int, start: int, num_elements: int, dtype: torch.dtype) -> Tensor:
-        """A flat view of `num_elements` in the memory of `rank`, from byte `start` on, a multiple of ALIGNMENT."""
+        """A flat view of `num_elements` in the memory of `rank` from byte `start` on, a multiple of their size."""
         return self._of_ranks[rank].narrow(0, start, num_elements * dtype.itemsize).view(dtype)
 
     def exchange(self, parts: Mapping[int, tuple[int, Tensor]], channel: int) -> Callable[[], None]:

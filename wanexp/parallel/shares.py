@@ -90,8 +90,8 @@ def part_of_rank(
 def padded_rows(tokens: int) -> int:
     """The rows that a rank's `tokens` are computed as under context parallelism, at most 15 more.
 
-    cuBLAS 13 has faster kernels on Hopper for the products of 8 more than a multiple of 16 rows: measured on H200 over
-    5120 x 5120, 16,376 and 16,392 rows at 682 TFLOP/s, 16,380 and 16,384 at 672 (docs/performance.md).
+    For 8 more than a multiple of 16 rows cuBLAS 13 takes other kernels on Hopper, faster in most products: measured on
+    H200 over 5120 x 5120, 16,376 and 16,392 rows at 682 TFLOP/s, 16,380 at 669, 16,384 at 674 (docs/results/rows.md).
     """
     return tokens + (ROWS_REST - tokens) % ROWS_MULTIPLE
 
