@@ -193,11 +193,12 @@ class Command:
         )
 
     def wait_for_steps(self, number: int = 3) -> list[int]:
-        """Process ids of the ranks, once rank 0 has done some steps."""
+        """Process ids of the ranks, once each of the two has done some steps."""
         deadline = time.monotonic() + 60
         while True:
             events = EventTail(self.folder / "ranks", range(2)).poll()
-            if sum(event["kind"] == "step" and event["rank"] == 0 for event in events) >= number:
+            steps = [event["rank"] for event in events if event["kind"] == "step"]
+            if min(steps.count(0), steps.count(1)) >= number:
                 return [event["pid"] for event in events if event["kind"] == "start"]
             assert self.process.poll() is None, self.output()
             assert time.monotonic() < deadline, events[-3:]
