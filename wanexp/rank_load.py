@@ -28,6 +28,9 @@ from wanexp.parallel.loading import Loader
 from wanexp.parallel.parallelize import ParallelModel, divide_weights, parallelize_wan
 from wanexp.parallel.peer_shards import PeerShards
 from wanexp.parallel.shares import part_of_rank
+from wanexp.parallel.ulysses import reserve_places
+from wanexp.planning.exchanges import place_bytes
+from wanexp.planning.sizes import share_of, sizes_of
 from wanexp.wan.attention_choice import Choice, attention_shapes
 from wanexp.wan.attention_probe import probe
 from wanexp.wan.fused import choose_kernels
@@ -95,6 +98,7 @@ class RankLoader:
             training=self.training,
         )
         anonymous_before, begin = anonymous_rss_bytes(), time.perf_counter()
+        self.reserve_places()
         loader = self.shared_loader()
         models, swaps, all_shards, reports = [], [], [], []
         for source in sources:
@@ -188,6 +192,12 @@ class RankLoader:
         shape = (arch.dim // self.plan.layout.tp, arch.dim)
         kernel = float8_kernel(self.plan.device_type, self.compute_dtype, shape, self.compute_capability)
         return f"fp8 ({kernel})"
+
+    def reserve_places(self) -> None:
+        """What Ulysses will need of peer memory: no step waits for it, and a lack of memory shows here."""
+        if memory := self.groups.memories.get("ulysses"):
+            whole = sizes_of(self.config, max(self.plan.forward_batches))
+            reserve_places(memory, place_bytes(share_of(whole, self.plan.layout), self.plan.layout))
 
     def empty_model(self) -> WanTransformer:
         """A transformer on the meta device, with fewer blocks where only the first are compared."""

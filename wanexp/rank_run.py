@@ -67,7 +67,6 @@ class RankRun:
         is_plain = self.plan.mode == "none" and not self.plan.swapped and not is_lossy_run(self.config)
         self.verify = self.config.verify != "never" and (not is_plain or self.config.verify == "always")
         self.report: dict[str, Any] = {}
-        self.left_room = 0  # bytes of peer memory that torch's cap was lowered by
 
     def run(self) -> dict[str, Any]:
         groups = self.check_links()
@@ -114,19 +113,17 @@ class RankRun:
         """The experts, with this rank's part of the record."""
         loaded = RankLoader(self.job, self.rank, self.owned, self.devices, groups, self.events).load()
         self.stopwatch.synchronize()
-        self.lower_cap()
+        if self.config.hardware.enforce_memory and bytes_in_use():
+            self.lower_cap()
         self.report |= {"load": loaded.report, "effective": loaded.effective}
         return loaded
 
     def lower_cap(self) -> None:
         """Have torch's allocator leave room, under its cap, for the peer memory that it knows nothing of."""
-        if not self.config.hardware.enforce_memory or bytes_in_use() == self.left_room:
-            return
-        device, more = self.devices[0], bytes_in_use() - self.left_room
+        device = self.devices[0]
         whole = torch.cuda.get_device_properties(device).total_memory
         before = torch.cuda.get_per_process_memory_fraction(device)
-        torch.cuda.set_per_process_memory_fraction(max(0.0, before - more / whole), device)
-        self.left_room += more
+        torch.cuda.set_per_process_memory_fraction(max(0.0, before - bytes_in_use() / whole), device)
 
     def make_workload(self, models: Sequence[ParallelModel], samples: Samples) -> Workload:
         if not self.training:
@@ -179,7 +176,6 @@ class RankRun:
             workload.step(index % self.config.workload.num_steps)
         workload.restart()
         self.stopwatch.synchronize()
-        self.lower_cap()  # the first forward takes more
         self.report["warmup_s"] = time.perf_counter() - begin
 
     def measure(self, workload: Workload, loaded: Loaded) -> None:

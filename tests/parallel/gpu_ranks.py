@@ -3,6 +3,7 @@
 import dataclasses
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.offload.models import SMALL, inputs, load, meta_model
+from wanexp.parallel.layout import split_evenly
 from wanexp.parallel.loading import Loader
 from wanexp.parallel.peer_memory import PeerMemory, bytes_in_use, open_peer_memory
 from wanexp.parallel.peer_shards import shard_over_peers
@@ -26,23 +28,24 @@ WIDE = dataclasses.replace(SMALL, dim=1024, ffn_dim=4096, num_heads=8, num_layer
 
 def exchange_on_gpus(world_size: int) -> list[list[float]]:
     """Largest difference between what copies and collectives carry, for each of many attentions, by rank."""
-    return _on_gpus(world_size, _exchange)
+    return on_gpus(world_size, _exchange)
 
 
 def shards_on_gpus(world_size: int) -> list[dict[str, Any]]:
     """By rank, what became of forwards with shards in peer memory: see `_shards`."""
-    return _on_gpus(world_size, _shards)
+    return on_gpus(world_size, _shards)
 
 
-def _on_gpus(world_size: int, function: Callable[[torch.device, PeerMemory], Any]) -> list[Any]:
+def on_gpus(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(device, rank, *arguments)` on GPUs of one process group; results by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_enter, (world_size, folder, function), nprocs=world_size, start_method="spawn")
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+        mp.start_processes(
+            _enter, (world_size, folder, function, arguments), nprocs=world_size, start_method="spawn"
+        )
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _enter(
-    rank: int, world_size: int, folder: str, function: Callable[[torch.device, PeerMemory], Any]
-) -> None:
+def _enter(rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: tuple) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group(
@@ -50,29 +53,34 @@ def _enter(
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world_size,
+        timeout=timedelta(seconds=60),
         device_id=device,
     )
-    group = dist.group.WORLD
-    assert group is not None
-    memories = open_peer_memory([group], device)
-    assert memories is not None
-    torch.save(function(device, memories[0]), Path(folder) / f"{rank}.pt")
+    torch.save(function(device, rank, *arguments), Path(folder) / f"{rank}.pt")
     torch.cuda.synchronize(device)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _exchange(device: torch.device, memory: PeerMemory) -> list[float]:
-    rank, group = memory.rank, memory.group
-    differences = []
+def _memory_of_all(device: torch.device) -> PeerMemory:
+    group = dist.group.WORLD
+    assert group is not None
+    memories = open_peer_memory([group], device)
+    assert memories is not None
+    return memories[0]
+
+
+def _exchange(device: torch.device, rank: int) -> list[float]:
+    memory, differences = _memory_of_all(device), []
     torch.manual_seed(rank)
-    for tokens, heads, batch in ((37, 5, 1), (1000, 12, 2), (999, 3, 1), (5000, 40, 1), (37, 5, 1)) * 4:
-        shares = [tokens - tokens // 3, tokens // 3]
+    for tokens, heads, batch in ((37, 5, 1), (1000, 12, 2), (999, 9, 1), (5000, 40, 1), (37, 5, 1)) * 4:
+        first = tokens - tokens // 3
+        shares = [first, *split_evenly(tokens - first, memory.size - 1)]
         shapes = (batch, shares[rank], heads, 64)
         q, k, v = (torch.randn(shapes, device=device).bfloat16() for _ in range(3))
         results = []
         for carrier in (None, memory):
-            exchange = Exchange(group, lambda shares=shares: shares, Traffic(), carrier)
+            exchange = Exchange(memory.group, lambda shares=shares: shares, Traffic(), carrier)
             for _ in range(3):  # one after the other, so that places are written to again
                 sent = exchange.send(v), exchange.send(k)
                 out = exchange.attend(
@@ -83,11 +91,12 @@ def _exchange(device: torch.device, memory: PeerMemory) -> list[float]:
     return differences
 
 
-def _shards(device: torch.device, memory: PeerMemory) -> dict[str, Any]:
+def _shards(device: torch.device, rank: int) -> dict[str, Any]:
     """Forwards that differ from those of the whole model, memory and counters.
 
     Ranks run as they like: each a different number of first blocks, and a slow stream on one rank at a time.
     """
+    memory = _memory_of_all(device)
     plain, model = meta_model(WIDE, torch.bfloat16), meta_model(WIDE, torch.bfloat16)
     load(plain, RandomWeights(WIDE), device=device)
     given = inputs(WIDE, device=str(device))
@@ -100,7 +109,7 @@ def _shards(device: torch.device, memory: PeerMemory) -> dict[str, Any]:
         WIDE,
         part_of=lambda rank, name, shape: shard_part(shape, degree=memory.size, index=rank),
         nodes=[range(memory.size)],
-        rank=memory.rank,
+        rank=rank,
         home=device,
     )
     loader.load(model, RandomWeights(WIDE), device_of=lambda _: device, into=shards.into)
@@ -111,10 +120,10 @@ def _shards(device: torch.device, memory: PeerMemory) -> dict[str, Any]:
             different.append("embed_text")
         for number in range(24):
             slow = (ring.stream, torch.cuda.current_stream(device), None)[number % 3]
-            if slow is not None and number % memory.size == memory.rank:
+            if slow is not None and number % memory.size == rank:
                 with torch.cuda.stream(slow):
                     torch.cuda._sleep(20_000_000)
-            k = (8, 8, 2, 5, 1, 8, 3)[(number + memory.rank) % 7]
+            k = (8, 8, 2, 5, 1, 8, 3)[(number + rank) % 7]
             with first_blocks(model, k), first_blocks(plain, k):
                 found = model(**given)
                 if not torch.equal(found, plain(**given)):

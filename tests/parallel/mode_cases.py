@@ -4,6 +4,7 @@ import dataclasses
 import random
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from tests.conftest import compose_run
 from wanexp.config import ModelConfig, ParallelismConfig, RunConfig, VideoConfig
@@ -44,10 +45,11 @@ class Case:
     placement: str = "contiguous"
     pipeline: bool = True
     train: bool = False
+    on_gpus: bool = False  # in bf16, with what kernels there are; else fp32 on logical devices
 
     @property
     def config(self) -> RunConfig:
-        config = composed(self.kind, self.train)
+        config = composed(self.kind, self.train, self.on_gpus)
         architecture = dataclasses.replace(
             config.model.architecture,
             dim=self.heads * self.head_dim,
@@ -69,12 +71,13 @@ class Case:
 
 
 @cache
-def composed(kind: str, train: bool) -> RunConfig:
+def composed(kind: str, train: bool, on_gpus: bool) -> RunConfig:
     workload = ("workload=train", "workload.learning_rate=1e-3") if train else ()
     return compose_run(
         *SMALL,
         *KINDS[kind],
         *workload,
+        *(("hardware=auto", "precision=bf16") if on_gpus else ()),
         "model.architecture.num_layers=3",
         f"workload.num_steps={2 if train else STEPS}",
         "workload.num_warmup_steps=0",
@@ -197,5 +200,48 @@ CASES: dict[int, dict[str, Case]] = {
         "ring x tp, experts": Case(Layout(cfg=2, ring=2, tp=2), kind="experts"),
         "dp x ring x tp": Case(Layout(dp=2, ring=2, tp=2), batch=3),
         **random_cases(8, 6, seed=8),
+    },
+}
+
+
+def on_gpus(layout: Layout, kind: str = "t2v", **settings: Any) -> Case:
+    """With heads that GPU kernels take."""
+    return Case(layout, kind=kind, head_dim=64, on_gpus=True, **settings)
+
+
+GPU_CASES: dict[int, dict[str, Case]] = {
+    1: {
+        "blocks, i2v": on_gpus(Layout(blocks=2), "i2v", batch=2, placement="interleaved"),
+        "blocks, ti2v": on_gpus(Layout(blocks=2), "ti2v", placement="interleaved"),
+    },
+    2: {
+        "data_parallel, i2v, batch 3": on_gpus(Layout(dp=2), "i2v", batch=3),
+        "cfg_parallel, ti2v, batch 3": on_gpus(Layout(cfg=2), "ti2v", batch=3),
+        "cfg_parallel, experts": on_gpus(Layout(cfg=2), "experts"),
+        "ulysses, i2v, 5 heads": on_gpus(Layout(ulysses=2), "i2v", heads=5),
+        "ulysses, experts, batch 3": on_gpus(Layout(ulysses=2), "experts", batch=3),
+        "ring, i2v": on_gpus(Layout(ring=2), "i2v"),
+        "ring, ti2v, batch 3": on_gpus(Layout(ring=2), "ti2v", batch=3),
+        "tensor_parallel, i2v, 5 heads": on_gpus(Layout(tp=2), "i2v", heads=5),
+        "tensor_parallel, ti2v, batch 3": on_gpus(Layout(tp=2), "ti2v", batch=3),
+        "fsdp, i2v, batch 3": on_gpus(Layout(dp=2, shard=2), "i2v", batch=3),
+        "fsdp, ti2v": on_gpus(Layout(dp=2, shard=2), "ti2v"),
+        "cfg x shard, experts": on_gpus(Layout(cfg=2, shard=2), "experts"),
+        "fsdp, train": on_gpus(Layout(dp=2, shard=2), train=True),
+    },
+    4: {
+        "cfg x ulysses, 5 heads": on_gpus(Layout(cfg=2, ulysses=2), heads=5),
+        "ulysses, ti2v, 5 heads": on_gpus(Layout(ulysses=4), "ti2v", heads=5),
+        "ring, i2v, batch 3": on_gpus(Layout(ring=4), "i2v", batch=3),
+        "ring x ulysses, i2v, 3 heads": on_gpus(Layout(ring=2, ulysses=2), "i2v", heads=3),
+        "cfg x ring, ti2v": on_gpus(Layout(cfg=2, ring=2), "ti2v"),
+        "cfg x tp": on_gpus(Layout(cfg=2, tp=2)),
+        "ulysses x tp": on_gpus(Layout(ulysses=2, tp=2)),
+        "tensor_parallel, i2v, 5 heads": on_gpus(Layout(tp=4), "i2v", heads=5),
+        "fsdp, ti2v": on_gpus(Layout(dp=4, shard=4), "ti2v"),
+        "fsdp, two groups of shards": on_gpus(Layout(dp=4, shard=2)),
+        "cfg x ulysses x shard": on_gpus(Layout(cfg=2, ulysses=2, shard=2)),
+        "ulysses x shard, experts": on_gpus(Layout(dp=2, ulysses=2, shard=4), "experts"),
+        "HSDP, train": on_gpus(Layout(dp=4, shard=2), train=True),
     },
 }

@@ -14,9 +14,11 @@ from wanexp.events import EventLog
 from wanexp.job import Job
 from wanexp.parallel import cfg_parallel, parallelize
 from wanexp.parallel.groups import Groups
+from wanexp.parallel.peer_memory import release_all
 from wanexp.planning.plan import reference_plan
 from wanexp.rank_run import RankRun, Workload
 from wanexp.runner import exact_kernels
+from wanexp.worker import torch_device
 from wanexp.workloads.denoise import Denoise
 from wanexp.workloads.train import Train
 
@@ -37,7 +39,7 @@ class WatchedRun(RankRun):
 
 def start(job: Job, rank: int, kind: type[WatchedRun] = WatchedRun) -> WatchedRun:
     owned = [job.plan.devices[position] for position in job.plan.ranks[rank].devices]
-    return kind(job, rank, owned, [torch.device("cpu")] * len(owned), EventLog(job.folder, rank))
+    return kind(job, rank, owned, [torch_device(device) for device in owned], EventLog(job.folder, rank))
 
 
 def run_all(rank: int, jobs: dict[str, Job]) -> dict[str, dict]:
@@ -51,8 +53,19 @@ def run_all(rank: int, jobs: dict[str, Job]) -> dict[str, dict]:
     return results
 
 
+def run_on_gpus(_device: torch.device, rank: int, jobs: dict[str, Job]) -> dict[str, dict]:
+    """Of each job this rank's report."""
+    reports = {}
+    for name, job in jobs.items():
+        reports[name] = start(job, rank).run()
+        release_all()
+    return reports
+
+
 class RunOverPeers(WatchedRun):
-    """With shards in memory that other ranks read from, which files stand for (`SharedMemory`)."""
+    """With memory that other ranks read from and write to, which files stand for (`SharedMemory`)."""
+
+    memories: dict[str, SharedMemory]
 
     def check_links(self) -> Groups:
         groups = super().check_links()
@@ -63,14 +76,17 @@ class RunOverPeers(WatchedRun):
             return SharedMemory(group, folder)
 
         parallelize.PeerMemory = memory
-        return dataclasses.replace(groups, memories={"shard": memory(groups.all()["shard"], self.devices[0])})
+        used = {axis: group for axis, group in groups.all().items() if axis in ("ulysses", "shard")}
+        self.memories = {axis: memory(group, self.devices[0]) for axis, group in used.items()}
+        return dataclasses.replace(groups, memories=self.memories)
 
 
 def run_over_peers(rank: int, job: Job) -> dict:
-    """As `run_all` has it for one job."""
+    """As `run_all` has it for one job, and how often the places of Ulysses were taken anew."""
     run = start(job, rank, RunOverPeers)
     report = run.run()
-    return {"answer": run.latents, "report": report}
+    places = run.memories.get("ulysses")
+    return {"answer": run.latents, "report": report, "grown": places.num_reserved if places else None}
 
 
 def run_reference(job: Job, effective: dict) -> dict:

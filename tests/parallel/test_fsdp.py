@@ -289,16 +289,18 @@ def test_same_as_unsharded(world):
 
 @pytest.mark.multi_gpu
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_blocks_are_read_from_the_memory_of_other_gpus():
+@pytest.mark.parametrize("world", [2, 4])
+def test_blocks_are_read_from_the_memory_of_other_gpus(world):
     from tests.parallel.gpu_ranks import WIDE, shards_on_gpus
 
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
     block, outer = 2 * WIDE.num_block_parameters(), 2 * WIDE.num_outer_parameters()
-    for results in shards_on_gpus(2):
+    for results in shards_on_gpus(world):
         assert results["different"] == []
         assert results["num_late"] == 0 and results["num_copies"] == WIDE.num_layers
-        assert results["sent"] == WIDE.num_layers * block // 2
-        assert results["peer_bytes"] == pytest.approx(WIDE.num_layers * block / 2, rel=0.01)
+        assert results["sent"] == WIDE.num_layers * block * (world - 1) // world
+        assert results["peer_bytes"] == pytest.approx(WIDE.num_layers * block / world, rel=0.01)
         # Two blocks and what is outside of them; the inputs and results of the test are small beside it.
         assert results["torch_bytes"] == pytest.approx(2 * block + outer, rel=0.1)
 

@@ -98,11 +98,13 @@ def test_the_answer_is_that_of_mode_none(ranks, name):
     ("ranks", "name"),
     [
         (2, "cfg x shard, experts"),
+        (2, "ulysses, 5 heads, i2v"),
         (4, "fsdp, ti2v, two groups of shards"),
+        (4, "ring x ulysses, 3 heads"),
         (4, "ulysses x shard, experts"),
     ],
 )
-def test_the_answer_with_shards_in_peer_memory(ranks, name, tmp_path):
+def test_the_answer_over_peer_memory(ranks, name, tmp_path):
     job = job_of(CASES[ranks][name], tmp_path)
     found = on_ranks(ranks, run_over_peers, job)
     reference = run_reference(job, found[0]["report"]["effective"])
@@ -112,6 +114,8 @@ def test_the_answer_with_shards_in_peer_memory(ranks, name, tmp_path):
     for share, result in zip(job.plan.ranks, found, strict=True):
         expected = reference["answer"][share.first_sample : share.first_sample + share.num_samples]
         assert rel_l2(result["answer"], expected) <= EXACT
+        # Once, while loading: no step waits for new memory.
+        assert result["grown"] == (1 if job.plan.layout.ulysses > 1 else None)
 
 
 @pytest.mark.parametrize(("ranks", "name"), ALL)

@@ -139,11 +139,13 @@ def test_whole_blocks_beside_shards_are_planned():
 
 @pytest.mark.multi_gpu
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_peer_memory_between_gpus():
+@pytest.mark.parametrize("world", [2, 4])
+def test_peer_memory_between_gpus(world):
     """Exchanges of many sizes in a row, each checked against all_to_all of the process group."""
     from tests.parallel.gpu_ranks import exchange_on_gpus
 
-    for differences in exchange_on_gpus(2):
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
+    for differences in exchange_on_gpus(world):
         assert differences == [0.0] * len(differences)
         assert len(differences) >= 8

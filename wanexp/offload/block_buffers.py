@@ -22,7 +22,7 @@ ALIGNMENT = (
     256  # bytes, of each tensor in a flat buffer, as CUDA's allocator aligns: kernels stay the same ones
 )
 _HISTORY = 4  # passes that the order of blocks is remembered for: two, of two micro-batches each
-_MAX_STALLS = 4096  # waits of which the times are kept until they are read
+_MAX_STALLS = 4096  # waits that are added up later, when they are over
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ class Ring:
 
     def reset(self) -> None:
         self.num_bytes = self.num_copies = self.num_late = 0
-        self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=_MAX_STALLS)
+        self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._stalled_s = 0.0  # in the waits before those
 
     def enter(self, block: int) -> Slot:
         """The slot that holds `block` for what the computing stream does from now on."""
@@ -124,6 +125,8 @@ class Ring:
             before = computing.record_event(torch.cuda.Event(enable_timing=True))
             computing.wait_event(slot.loaded)
             self._stalls.append((before, computing.record_event(torch.cuda.Event(enable_timing=True))))
+            if len(self._stalls) > _MAX_STALLS:
+                self._add_up(self._stalls.popleft())
         return slot
 
     def leave(self, slot: Slot) -> None:
@@ -139,9 +142,14 @@ class Ring:
 
     def stall_s(self) -> float:
         """Seconds that the computing stream has waited for copies since `reset`. Waits for the device."""
-        if self._stalls:
-            torch.cuda.synchronize(self.device)
-        return sum(before.elapsed_time(after) for before, after in self._stalls) / 1000
+        while self._stalls:
+            self._add_up(self._stalls.popleft())
+        return self._stalled_s
+
+    def _add_up(self, stall: tuple[torch.cuda.Event, torch.cuda.Event]) -> None:
+        before, after = stall
+        after.synchronize()
+        self._stalled_s += before.elapsed_time(after) / 1000
 
     def _fill(self, block: int, expected: Sequence[int]) -> Slot:
         """Copy `block` into the slot that is missed least, behind whatever still computes with it."""

@@ -11,6 +11,8 @@ its owner is done with what was there; how, those who use this say (`ulysses.py`
 (`peer_shards.py`) needs no flags.
 """
 
+import os
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +25,10 @@ from torch.distributed import ProcessGroup
 
 ALIGNMENT = 512  # bytes, of the places in it
 PLACES = 4  # of equal size that Ulysses divides it in
+PATIENCE_S = 10.0  # with a first flag
+
+# Objects of multicast, which torch makes where GPUs know it, are of no use here.
+os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
 # Held until `release_all`, for another rank may still read what this one has no more use for.
 _opened: "list[PeerMemory]" = []
@@ -64,7 +70,10 @@ class PeerMemory:
         dist.all_reduce(self._raised.clone(), group=self.group)
         torch.cuda.synchronize(self.device)
         self._of_ranks = []
-        self._own = self._handle = None  # before the new one is there, as both might not fit
+        self._own = self._handle = None
+        # It is free when all have let go of it, and old and new might not both fit; nor is free what torch keeps.
+        dist.barrier(self.group)
+        torch.cuda.empty_cache()
         self._own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self.device)
         self._handle = symmetric_memory.rendezvous(self._own, self.group)
         self._of_ranks = [
@@ -90,7 +99,8 @@ class PeerMemory:
             for rank in self.others:
                 start, part = parts[rank]
                 self.place(rank, start, len(part), part.dtype).copy_(part)
-                self._flag(rank, channel).copy_(self._raised)  # by a copy engine too, after the part
+                flag = self._flag(rank, channel, of=self.rank)
+                flag.copy_(self._raised)  # by a copy engine too, after the part
             copied = self._copying.record_event()
 
         def wait() -> None:
@@ -100,9 +110,13 @@ class PeerMemory:
 
         return wait
 
-    def _flag(self, rank: int, channel: int) -> Tensor:
-        """What `wait_signal` at `rank` waits for, for this rank."""
-        return self._handle.get_signal_pad(rank, (1,), torch.int32, self.size * channel + self.rank)
+    def has_flag_of(self, rank: int, channel: int) -> bool:
+        """Whether the flag of `rank` is up here. Waits for what the current stream has been given until now."""
+        return bool(self._flag(self.rank, channel, of=rank).item())
+
+    def _flag(self, at: int, channel: int, *, of: int) -> Tensor:
+        """What `wait_signal` at rank `at` waits for, of rank `of`."""
+        return self._handle.get_signal_pad(at, (1,), torch.int32, self.size * channel + of)
 
 
 def exchanges_begun() -> dict[str, int]:
@@ -136,27 +150,34 @@ def open_peer_memory(groups: Sequence[ProcessGroup], device: torch.device) -> li
     Called by all ranks of the world.
     """
     memories = [PeerMemory(group, device) for group in groups]
-    for attempt in (lambda memory: memory.reserve(PLACES * ALIGNMENT * memory.size), check_peer_memory):
-        refused = 0.0
-        try:
-            for memory in memories:
+    for memory in memories:
+        for attempt in (lambda memory: memory.reserve(PLACES * ALIGNMENT * memory.size), check_peer_memory):
+            refused = 0.0
+            try:
                 attempt(memory)
-        except RuntimeError as error:
-            print(f"no peer memory: {error}", flush=True)  # into the rank's log
-            refused = 1.0
-        # After each, for a rank that waits for another one's flag would not hear that it has given up.
-        anywhere = torch.tensor(refused, device=device)
-        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
-        if anywhere.item():
-            _opened.clear()
-            return None
+            except RuntimeError as error:
+                print(f"no peer memory: {error}", flush=True)  # into the rank's log
+                refused = 1.0
+            # After each, as who waits for another rank would not hear that it has given up.
+            anywhere = torch.tensor(refused, device=device)
+            dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+            if anywhere.item():
+                for each in memories:
+                    _opened.remove(each)
+                return None
     return memories
 
 
 def check_peer_memory(memory: PeerMemory) -> None:
     """Every rank writes its number to every other, and must find theirs. Raises RuntimeError where it does not."""
     number = torch.full((1,), memory.rank, dtype=torch.int64, device=memory.device)
-    memory.exchange(dict.fromkeys(memory.others, (ALIGNMENT * memory.rank, number)), channel=0)()
+    parts = dict.fromkeys(memory.others, (ALIGNMENT * memory.rank, number))
+    wait = memory.exchange(parts, channel=0)
+    end = time.monotonic() + PATIENCE_S
+    while missing := [rank for rank in memory.others if not memory.has_flag_of(rank, channel=0)]:
+        if time.monotonic() > end:  # before `wait`, which would hold the stream for good
+            raise RuntimeError(f"of ranks {missing} of the group nothing has arrived for {PATIENCE_S:g} s")
+    wait()
     for rank in memory.others:
         found = int(memory.place(memory.rank, ALIGNMENT * rank, 1, torch.int64).item())
         if found != rank:

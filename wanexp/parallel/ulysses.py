@@ -182,10 +182,14 @@ class Copies:
 
     def _begin(self, like: Tensor, sizes: Sizes, place: int) -> int:
         """The byte where `place` begins, on every rank."""
-        most = -(-sizes.largest * like.element_size() // ALIGNMENT) * ALIGNMENT
-        self.memory.reserve(PLACES * most)
-        # A share of the whole, not a multiple of `most`: those of a smaller forward stay where they were.
+        reserve_places(self.memory, sizes.largest * like.element_size())
+        # A share of the whole, not a multiple of what is needed: those of a smaller forward stay where they were.
         return place * (self.memory.num_bytes // PLACES)
+
+
+def reserve_places(memory: PeerMemory, num_bytes: int) -> None:
+    """Have places for v, k, q and o in it, of `num_bytes` each at least. By all ranks of its group."""
+    memory.reserve(PLACES * (-(-num_bytes // ALIGNMENT) * ALIGNMENT))
 
 
 @dataclass

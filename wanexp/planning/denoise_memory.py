@@ -56,7 +56,7 @@ def denoise_heap(config: RunConfig, plan: Plan, rank: RankPlan, position: int) -
         float8_attention=kernels.has_float8_attention,
     )
     copies = plan.transport == "copies"
-    heap.new(place_bytes(own, plan.layout) if copies else 0)
+    heap.new(4 * place_bytes(own, plan.layout) if copies else 0)
     heap.new(config.model.num_experts * buffer_bytes(samples, plan.layout) if copies else 0)
     forward = Forward(heap, config, whole, plan.layout, is_fused=kernels.is_fused, copies=copies)
     if plan.is_pipelined:

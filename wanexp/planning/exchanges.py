@@ -24,8 +24,8 @@ def met_bytes(s: Sizes, layout: Layout) -> int:
 
 
 def place_bytes(s: Sizes, layout: Layout) -> int:
-    """The memory that copy engines of other ranks write v, k, q and o to, for good; 0 where there is none."""
-    return 4 * max(own_bytes(s, layout), met_bytes(s, layout)) if layout.ulysses > 1 else 0
+    """Of each of the four places that copy engines of other ranks write v, k, q and o to; 0 where there are none."""
+    return max(own_bytes(s, layout), met_bytes(s, layout)) if layout.ulysses > 1 else 0
 
 
 def attended(heap: Heap, s: Sizes, layout: Layout, normed: int = 0, *, copies: bool = False) -> int:
