@@ -14,6 +14,7 @@ run out of memory; above it must finish.
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -129,8 +130,13 @@ def layouts_markdown(results: list[Path], out: Path) -> str:
         f"{', '.join(f'[{path}]({path})' for path in places)}. Predicted by the planner as it is, from "
         "the overrides and the profile: `scripts/check_planner.py layouts` makes this table. Peaks: GiB of GPU 0 / 1.",
         "",
-        f"Worst errors: peak {worst(peak_errors)}; time {worst(step_errors[False])}, without a warm-up step "
-        f"(720p in the first file) {worst(step_errors[True])}: memory still grew in the time of some.",
+        "Rows without a mode are of mode none, rows without a video of 480p; the number at the end of some is that of "
+        "the samples.",
+        "",
+        f"Worst errors: peak {worst(peak_errors)}; time {worst(step_errors[False])} over the runs that had a warm-up "
+        f"step, of the others {worst(step_errors[True])}: memory still grew in the time of some. Too low: "
+        f"{too_low(peak_errors)} peaks, {too_low(step_errors[False])} of those times (in the median all of them are "
+        f"{statistics.median(step_errors[False] or [0]):+.1f} % off).",
         "",
         "| run of | model, video, mode | predicted peak | measured | worst error | predicted ms | measured | error |",
         "|" + " --- |" * 8,
@@ -142,6 +148,10 @@ def layouts_markdown(results: list[Path], out: Path) -> str:
 
 def worst(errors: list[float]) -> str:
     return f"{max(errors, key=abs):+.1f} %" if errors else "none"
+
+
+def too_low(errors: list[float]) -> str:
+    return f"{sum(error < 0 for error in errors)} of {len(errors)}"
 
 
 def layout_row(source: str, overrides: list[str], metrics: dict[str, float]) -> tuple[str, float, float]:

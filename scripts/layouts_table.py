@@ -85,13 +85,15 @@ def _case_rows(mine: Sequence[Record], case: str) -> Iterator[dict[str, Any]]:
     for record in mine:
         metrics, labels = record.metrics, [device["label"] for device in record.effective["devices"]]
         degrees = {name: degree for name, degree in record.plan["layout"].items() if degree > 1}
+        spread = " x ".join(f"{name}={degree}" for name, degree in degrees.items()) or "one GPU"
+        transport = record.effective.get("transport")
         asked = record.requested["parallelism"]
         placement = f", {asked['block_placement']}" if degrees.get("blocks") else ""
         row: dict[str, Any] = {
             "case": case,
             "mode": record.effective["mode"] + placement,
             "GPUs": len(labels),
-            "layout": " x ".join(f"{name}={degree}" for name, degree in degrees.items()) or "one GPU",
+            "layout": f"{spread}, {transport}" if transport else spread,
             "outcome": record.outcome,
         }
         if "latency/step_ms" not in metrics or not base:

@@ -147,7 +147,7 @@ def describe(goal: Goal) -> str:
     gpus = "1 GPU" if goal.num_gpus == 1 else f"{goal.num_gpus} GPUs"
     ways = {
         "forward": f"a forward, against {goal.against}" + (" by Ulysses" if goal.num_gpus > 1 else ""),
-        "step": f"a guided step, our best mode against {goal.against} by Ulysses",
+        "step": f"a guided step, our best mode against two forwards of {goal.against} by Ulysses",
         "scaling": ("cfg_parallel" if goal.against == "ours_cfg" else "Ulysses") + " against ours on one GPU",
         "floor": "share of the floor",
     }
@@ -164,7 +164,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         f"Measured {result['measured'][:10]} on {len(result['devices'])} x {result['devices'][0]}; torch "
         f"{torch['version']}, cuDNN {torch['cudnn']}, driver {environment.get('driver')}; {peers or 'no peers'}. bf16, "
-        f"exact attention, random weights and inputs of unit variance, all in one run and in turns. Made by "
+        f"exact attention, random weights and inputs of unit variance; the contenders of a case in turns. Made by "
         f"`{result['command']}`; what the columns mean is in docs/peers.md.",
         "",
         "## Goals",
@@ -187,6 +187,8 @@ def goal_cells(goal: Goal, found: Result | None) -> list[str]:
     asked = f"{goal.at_least:.2f}" + ("" if goal.kind == "floor" else "x")
     if found is None:
         return [describe(goal), asked, "not measured", ""]
+    if found.low is not None and found.high is not None and found.low <= goal.at_least <= found.high:
+        return [describe(goal), asked, str(found), "within the interval"]
     if found.ratio >= goal.at_least:
         return [describe(goal), asked, str(found), "reached"]
     return [describe(goal), asked, str(found), f"short by {100 * (1 - found.ratio / goal.at_least):.1f} %"]

@@ -32,7 +32,7 @@ import peer_table
 from bench_case import Case, parse_case
 from peer_budget import expected_seconds, num_rounds
 from peer_models import CONTENDERS, Inputs
-from peer_table import GOALS, Goal, find, paired_ratio, result_of
+from peer_table import GOALS, Goal, Result, find, goal_cells, paired_ratio, result_of
 
 WAN_14B = WanArchitecture(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 SMALL = WanArchitecture(dim=128, ffn_dim=256, num_heads=2, num_layers=2, text_dim=64, freq_dim=64)
@@ -314,6 +314,16 @@ def test_a_step_by_two_forwards_of_ulysses_counts_where_it_is_the_faster_way():
     assert result_of(goal, rows).ratio == pytest.approx(1.2 / 1.1)
 
 
+def test_a_goal_within_the_interval_is_neither_reached_nor_missed():
+    goal = Goal("forward", "wan2.1_t2v_14b", "480p", 1, "xdit", 1.04)
+    for low, high, words in (
+        (1.030, 1.045, "within the interval"),
+        (1.041, 1.045, "reached"),
+        (1.020, 1.030, "short by 1.4 %"),
+    ):
+        assert goal_cells(goal, Result((low + high) / 2, low, high, 9))[-1] == words, (low, high)
+
+
 def test_the_page_holds_goal_and_result_side_by_side():
     missing = row("diffusers", [[1.0]]) | {"outcome": "missing", "reason": "diffusers is not installed"}
     page = peer_table.markdown(
@@ -400,10 +410,10 @@ def test_every_legal_layout_runs_and_gives_the_same_answer(tmp_path):
         "one GPU",
         "dp=2",
         "cfg=2",
-        "ulysses=2",
+        "ulysses=2, collectives",
         "ring=2",
         "tp=2",
-        "dp=2 x shard=2",
+        "dp=2 x shard=2, collectives",
         "blocks=2",
     }
     for row in rows[2:]:
