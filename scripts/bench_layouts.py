@@ -9,6 +9,7 @@ and its answers are what the others' are compared with.
     python scripts/bench_layouts.py --gpus 0,1 --out docs/results/layouts_2gpus.md
     python scripts/bench_layouts.py --gpus 0,1 --case wan2.1_t2v_1.3b:480p:3 --layout cfg_parallel --out /tmp/one.md
     python scripts/bench_layouts.py --counts 2,4,8 --layout all --budget-s 540 --out docs/results/scaling.md
+    python scripts/bench_layouts.py --layout 'block_distribution_interleaved workload.batch_size=2' --out /tmp/two.md
 
 --layout all takes every legal layout that fits, hybrids included: what is predicted fastest, then each mode by name,
 then the products. Layouts of few GPUs run side by side, each on GPUs of its own. The predictions of all cells are

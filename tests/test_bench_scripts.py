@@ -444,17 +444,19 @@ def test_goals_of_layouts_stand_beside_the_best_of_them():
         one("hybrid", "cfg=2 x ulysses=2", 4, 3.8),
         one("data_parallel", "dp=4", 4, 4.0, samples=4),
         one("tensor_parallel", "tp=4", 4, 5.0, outcome="inexact"),
-        one("block_distribution, interleaved", "blocks=4", 4, 1.5),
+        one("block_distribution, interleaved", "blocks=4", 4, 1.9),
+        one("block_distribution, interleaved", "blocks=4", 4, 2.4, samples=2),
+        one("block_distribution, interleaved", "dp=2 x blocks=2", 4, 3.9, samples=4),
     ]
     assert layouts_table.best_rows(rows) == [
         ["wan2.1_t2v_14b 720p", "4", "hybrid, cfg=2 x ulysses=2", "3.80x", "3.75x", "reached"],
         [
             "wan2.1_t2v_14b 720p",
             "4",
-            "block_distribution, interleaved, blocks=4",
-            "1.50x",
+            "block_distribution, interleaved, blocks=4, 2 samples",
+            "2.40x",
             "3x",
-            "short by 50.0%",
+            "short by 20.0%",
         ],
     ]
 
