@@ -1,12 +1,15 @@
 #!/usr/bin/env python
 """Where a forward spread over GPUs spends its time: its kernels, by stream, beside those of one GPU.
 
-For context parallelism (Ulysses) the same model runs whole on each GPU, split with the exchanges carried by copy
-engines and by the process group, and split with nothing exchanged at all (a wrong answer: what is left is the
-computing). First all take turns and are timed, then each is profiled. What is lost between half the time of one GPU and
-the time of two shows in which kernels take longer, in waits (`wait_signal`), and in gaps.
+Context parallelism (Ulysses): the same model whole on each GPU, split with the exchanges carried by copy engines and by
+the process group, and split with nothing exchanged at all (a wrong answer: what is left is the computing). What is lost
+between half the time of one GPU and the time of two shows in which kernels take longer, in waits (`wait_signal`), and
+in gaps. FSDP: the model whole, and in shards that copy engines or the process group bring together.
+
+First all take turns and are timed, then each is profiled.
 
     python -m torch.distributed.run --nproc-per-node 2 scripts/profile_exchanges.py --out docs/results/exchanges.md
+    python -m torch.distributed.run --nproc-per-node 2 scripts/profile_exchanges.py --mode fsdp --out /tmp/fsdp.md
 """
 
 import argparse
@@ -16,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,10 +38,15 @@ from peer_models import random_weights
 
 from wanexp.parallel import ulysses
 from wanexp.parallel.context_parallel import context_parallel
+from wanexp.parallel.fsdp import shard_with_fsdp
 from wanexp.parallel.peer_memory import open_peer_memory
+from wanexp.parallel.peer_shards import shard_over_peers
+from wanexp.parallel.shares import shard_part
 from wanexp.parallel.ulysses import Parcel, Sent, Sizes
 from wanexp.wan.architecture import WanArchitecture
+from wanexp.wan.part import Part
 from wanexp.wan.transformer import WanTransformer
+from wanexp.wan.weights import RandomWeights, load_weights
 
 ROUNDS, PROFILED = 5, 2
 SHOWN = 16  # kernels of a table
@@ -65,6 +75,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--case", default="wan2.1_t2v_14b:480p", help="model:video")
+    parser.add_argument("--mode", choices=("ulysses", "fsdp"), default="ulysses")
     parser.add_argument("--layers", type=int, default=10, help="blocks of the model (default 10)")
     parser.add_argument("--attention", default="fa3,sdpa_cudnn", help="kernels, to itself and to the text")
     parser.add_argument("--out", type=Path, help="Markdown")
@@ -76,10 +87,13 @@ def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     case = parse_case(options.case)
     architecture = dataclasses.replace(case.architecture, num_layers=options.layers)
-    forwards = variants(architecture, case.latent_shape, device, tuple(options.attention.split(",")))
-    lines = [f"# {case.model}, {case.video}, {options.layers} blocks, {dist.get_world_size()} ranks", ""]
-    for name, seconds in in_turns(forwards, device).items():
-        lines.append(f"* {name}: {1000 * seconds:.1f} ms a forward")
+    attention = tuple(options.attention.split(","))
+    models = {"ulysses": split_models, "fsdp": sharded_models}[options.mode](architecture, device, attention)
+    forwards = forwards_of(models, architecture, case.latent_shape, device)
+    lines = [
+        f"# {options.mode}: {case.model}, {case.video}, {options.layers} blocks, {dist.get_world_size()} ranks"
+    ]
+    lines += ["", *(f"* {name}: {words} ms a forward" for name, words in in_turns(forwards, device).items())]
     for name, forward in forwards.items():
         lines += ["", f"## {name}, rank 0", "", *kernel_table(forward, device)]
         dist.barrier()
@@ -91,38 +105,36 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def variants(
-    architecture: WanArchitecture,
-    latent_shape: tuple[int, ...],
-    device: torch.device,
-    attention: tuple[str, ...],
-) -> dict[str, Forward]:
-    """The forwards by name, on one set of weights."""
+def empty_model(architecture: WanArchitecture) -> WanTransformer:
+    with torch.device("meta"):
+        return WanTransformer(architecture, dtype=torch.bfloat16).eval().requires_grad_(False)
+
+
+def use_kernels(model: WanTransformer, device: torch.device, attention: tuple[str, ...]) -> WanTransformer:
+    if device.type == "cuda":
+        model.set_attention(*attention)
+        model.set_kernels("triton")
+    return model
+
+
+def split_models(
+    architecture: WanArchitecture, device: torch.device, attention: tuple[str, ...]
+) -> dict[str, WanTransformer]:
+    """Whole, and split by Ulysses, on one set of weights."""
     weights = random_weights(architecture, device)
-    generator = torch.Generator().manual_seed(0)
-    latent = torch.randn(1, *latent_shape, generator=generator).to(device, torch.bfloat16)
-    text = torch.randn(1, architecture.text_len, architecture.text_dim, generator=generator)
-    inputs = (latent, torch.tensor([500.0], device=device), text.to(device, torch.bfloat16))
 
     def whole() -> WanTransformer:
-        with torch.device("meta"):
-            model = WanTransformer(architecture, dtype=torch.bfloat16)
+        model = empty_model(architecture)
         model.load_state_dict(weights, assign=True)
-        if device.type == "cuda":
-            model.set_attention(*attention)
-            model.set_kernels("triton")
-        return model.eval().requires_grad_(False)
+        return use_kernels(model.requires_grad_(False), device, attention)
 
-    def of(model: WanTransformer) -> Forward:
-        return torch.inference_mode()(lambda: model(*inputs))
-
-    def split(memory: Any = None) -> Forward:
+    def split(memory: Any = None) -> WanTransformer:
         model = whole()
         context_parallel(model, ulysses=dist.group.WORLD, ring=None, memory=memory)
-        return of(model)
+        return model
 
     assert dist.group.WORLD is not None
-    found = {"whole": of(whole()), "collectives": split()}
+    found = {"whole": whole(), "collectives": split()}
     if device.type == "cuda" and (memories := open_peer_memory([dist.group.WORLD], device)):
         found["copies"] = split(memories[0])
     carrier, ulysses.Collectives = ulysses.Collectives, Nothing  # type: ignore[assignment,misc]
@@ -131,8 +143,52 @@ def variants(
     return found
 
 
-def in_turns(forwards: Mapping[str, Forward], device: torch.device) -> dict[str, float]:
-    """Median seconds of each, on this rank."""
+def sharded_models(
+    architecture: WanArchitecture, device: torch.device, attention: tuple[str, ...]
+) -> dict[str, WanTransformer]:
+    """Whole, and in shards over all ranks."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+
+    def filled(model: WanTransformer, **settings: Any) -> WanTransformer:
+        load_weights(model, RandomWeights(architecture), device_of=lambda _: device, **settings)
+        return use_kernels(model, device, attention)
+
+    def own_part(_name: str, shape: tuple[int, ...]) -> Part:
+        return shard_part(shape, degree=size, index=rank)
+
+    assert dist.group.WORLD is not None
+    found = {"whole": filled(empty_model(architecture))}
+    model = empty_model(architecture)
+    shard_with_fsdp(model, init_device_mesh(device.type, (size,)), training=False)
+    found["collectives"] = filled(model, part_of=own_part)
+    if device.type == "cuda" and (memories := open_peer_memory([dist.group.WORLD], device)):
+        model = empty_model(architecture)
+        shards = shard_over_peers(model, memories[0])
+        found["copies"] = filled(model, part_of=own_part, into=shards.into)
+        shards.complete()
+    return found
+
+
+def forwards_of(
+    models: Mapping[str, WanTransformer],
+    architecture: WanArchitecture,
+    latent_shape: tuple[int, ...],
+    device: torch.device,
+) -> dict[str, Forward]:
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(1, *latent_shape, generator=generator).to(device, torch.bfloat16)
+    text = torch.randn(1, architecture.text_len, architecture.text_dim, generator=generator)
+    inputs = (latent, torch.tensor([500.0], device=device), text.to(device, torch.bfloat16))
+
+    def forward(model: WanTransformer) -> Tensor:
+        with torch.inference_mode():
+            return model(*inputs)
+
+    return {name: partial(forward, model) for name, model in models.items()}
+
+
+def in_turns(forwards: Mapping[str, Forward], device: torch.device) -> dict[str, str]:
+    """Median milliseconds of each, on every rank."""
     seconds: dict[str, list[float]] = {name: [] for name in forwards}
     for forward in forwards.values():
         forward()
@@ -143,7 +199,10 @@ def in_turns(forwards: Mapping[str, Forward], device: torch.device) -> dict[str,
             forward()
             wait(device)
             seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(samples) for name, samples in seconds.items()}
+    medians = {name: 1000 * statistics.median(samples) for name, samples in seconds.items()}
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, medians)
+    return {name: " / ".join(f"{times[name]:.1f}" for times in of_ranks) for name in forwards}
 
 
 def wait(device: torch.device) -> None:
