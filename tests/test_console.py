@@ -163,8 +163,12 @@ def test_end_table(width):
     screen = Screen(width)
     finished = record(
         outcome="finished",
-        requested={"precision": {"tolerance": 0.01}},
-        effective={"attention": "sdpa_flash", "verified": "flow, all 8 blocks"},
+        effective={
+            "attention": "sdpa_flash",
+            "is_lossy": True,
+            "verified": "flow, all 8 blocks",
+            "tolerance": 0.01,
+        },
         metrics=METRICS,
         samples={"step_ms": [412.0] * 4},
         warnings=["GPU 0 was throttled by heat in 12 % of the samples"],
@@ -182,7 +186,7 @@ def test_end_table(width):
     assert "Kernels       attention sdpa_flash" in text
     assert "Exchanged     blocks 32.0 MiB between devices a forward" in text
     assert "relative L2 error 1.2e-03 against mode none" in text
-    assert "(flow, all 8 blocks; tolerance 0.01)" in " ".join(text.split())
+    assert "(lossy; flow, all 8 blocks; tolerance 0.01)" in " ".join(text.split())
     assert "Warning       GPU 0 was throttled" in text
     assert f"Record        {path}\n" in text  # in one piece
     rows = [line.split() for line in text.splitlines()]

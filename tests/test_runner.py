@@ -4,18 +4,21 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests import faults
-from tests.conftest import CLIP, PER_TOKEN, TWO_EXPERTS, Composer
+from tests.conftest import CLIP, PER_TOKEN, TWO_EXPERTS, Composer, cpu_devices
 from wanexp import launch as launch_module
 from wanexp.errors import UserError
+from wanexp.job import Job
 from wanexp.measure import parity
 from wanexp.parallel.layout import Layout
+from wanexp.planning.plan import make_plan
 from wanexp.record import SCHEMA_VERSION, Record, read_record
-from wanexp.runner import NO_KERNEL, run
+from wanexp.runner import NO_KERNEL, compare_with_reference, effective_settings, run
 from wanexp.sweep import SweepCell
 from wanexp.wan.flash_attention import CannotRun
 from wanexp.wan.weights import RandomWeights
@@ -219,6 +222,33 @@ def test_a_wrong_answer_is_inexact(execute, monkeypatch):
     assert record.outcome == "inexact" and record.exit_code() == 1
     assert record.metrics["parity/rel_l2"] == pytest.approx(0.01, rel=1e-3)
     assert record.message == "the flow differs from mode none by 0.01 relative L2; fp32 allows 1e-05"
+
+
+@pytest.mark.parametrize(
+    ("precision", "attention", "rel_l2", "allowed_by"),
+    [
+        ("fp8", "fa3_fp8", 0.176, None),  # as measured: docs/results/float8.json
+        ("bf16", "fa3_fp8", 0.176, None),
+        ("fp8", "auto", 0.051, None),
+        ("bf16", "fa3_fp8", 0.5, "attention=fa3_fp8 allows 0.3"),
+        ("fp8", "auto", 0.176, "fp8 allows 0.12"),
+        ("bf16", "auto", 0.03, "bf16 allows 0.02"),
+    ],
+)
+def test_a_lossy_run_may_be_as_far_off_as_it_was_measured_to_be_and_no_further(
+    run_config: Composer, tmp_path, monkeypatch, precision, attention, rel_l2, allowed_by
+):
+    config = run_config(f"precision={precision}", f"attention={attention}")
+    plan = make_plan(config, cpu_devices(1))
+    record = Record("id", "name", "now", {}, outcome="finished", effective=effective_settings(config, plan))
+    record.effective |= {"attention": attention, "cross_attention": attention}
+    launched = SimpleNamespace(outcome="finished", reports={0: {"rel_l2": rel_l2, "bit_equal": False}})
+    monkeypatch.setattr("wanexp.runner._launch", lambda *_: launched)
+    compare_with_reference(record, Job(config, plan, tmp_path, tmp_path, 1), 4, lambda *_: None)
+    assert record.outcome == ("inexact" if allowed_by else "finished")
+    assert record.message.endswith(allowed_by or "")
+    assert record.effective["is_lossy"] == (precision != "bf16" or attention != "auto")
+    assert record.effective["tolerance"] == {"fa3_fp8": 0.3}.get(attention, config.precision.tolerance)
 
 
 def test_an_answer_of_nan_is_inexact_and_its_record_is_still_written(execute, monkeypatch):

@@ -287,10 +287,15 @@ def _result_rows(record: Record) -> dict[str, str]:
     rows["Loss"] = _joined(metrics, ("train/loss", "(last step)"))
     if (parity := _parity(metrics)) is not None:
         error = parity if parity == "bit-equal" else f"relative L2 error {parity}"
-        tolerance = record.requested.get("precision", {}).get("tolerance")
+        tolerance = record.effective.get("tolerance")
         known = "; ".join(
             filter(
-                None, (record.effective.get("verified"), f"tolerance {tolerance:g}" if tolerance else None)
+                None,
+                (
+                    "lossy" if record.effective.get("is_lossy") else None,
+                    record.effective.get("verified"),
+                    f"tolerance {tolerance:g}" if tolerance else None,
+                ),
             )
         )
         rows["Parity"] = f"{error} against mode none" + (f" ({known})" if known else "")

@@ -27,7 +27,7 @@ from wanexp.job import Job
 from wanexp.measure.environment import host_environment
 from wanexp.measure.results import latency_metrics, run_metrics, step_seconds
 from wanexp.measure.statistics import noise_warning, summarise_samples
-from wanexp.planning.plan import Plan, is_lossy_run, reference_plan
+from wanexp.planning.plan import Plan, is_lossy_run, parity_tolerance, reference_plan
 from wanexp.planning.planner import cap_memory
 from wanexp.planning.preflight import Preflight, preflight
 from wanexp.record import Record
@@ -293,11 +293,14 @@ def compare_with_reference(record: Record, job: Job, num_blocks: int, progress: 
     what = "gradients" if config.workload.name == "train" else "flow"
     share = "all" if num_blocks == total else f"the first {num_blocks} of"
     record.effective["verified"] = f"{what}, {share} {total} blocks"
-    if not parity["rel_l2"] <= config.precision.tolerance:
+    tolerance = parity_tolerance(config)
+    if not parity["rel_l2"] <= tolerance:
+        is_of_precision = tolerance == config.precision.tolerance
+        allows = config.precision.name if is_of_precision else f"attention={config.attention}"
         record.outcome = "inexact"
         record.message = (
             f"the {what} differs from mode none by {parity['rel_l2']:.2g} relative L2; "
-            f"{config.precision.name} allows {config.precision.tolerance:g}"
+            f"{allows} allows {tolerance:g}"
         )
     elif plan.must_be_bit_equal(config) and not parity["bit_equal"]:
         record.warnings.append(
@@ -339,6 +342,7 @@ def effective_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "transport": None,
         "precision": config.precision.name,
         "is_lossy": is_lossy_run(config),
+        "tolerance": parity_tolerance(config),
         "residual": "float32" if config.precision.residual_fp32 else config.precision.dtype,
         "device_type": plan.device_type,
         "devices": [{"label": device.label, **dataclasses.asdict(device)} for device in plan.devices],
