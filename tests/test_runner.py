@@ -259,6 +259,13 @@ def test_an_answer_of_nan_is_inexact_and_its_record_is_still_written(execute, mo
     assert "inf" in record.message
 
 
+def test_a_run_without_warm_up_says_what_its_first_step_has_in_it(execute):
+    cold, warm = (execute("verify=never", f"workload.num_warmup_steps={number}") for number in (0, 1))
+    words = "the first timed step has one-time set-up in it (workload.num_warmup_steps=0)"
+    assert any(warning.startswith(words) for warning in cold.warnings)
+    assert not any("warm" in warning for warning in warm.warnings)
+
+
 def test_a_loss_of_nan_is_kept_out_of_the_metrics(execute):
     record = execute("workload=train", "workload.learning_rate=1e30", "workload.num_warmup_steps=0")
     assert record.outcome == "finished", record.message

@@ -255,6 +255,11 @@ def take_results(record: Record, config: RunConfig, prepared: Prepared, launched
         record.effective |= first["effective"]
         record.warnings += first["warnings"]
         record.environment |= first["environment"]
+    if steps and config.workload.num_warmup_steps == 0:
+        record.warnings.append(
+            "the first timed step has one-time set-up in it (workload.num_warmup_steps=0), such as the compilation of "
+            "kernels"
+        )
     if steps and (warning := noise_warning(summarise_samples(steps), "the step time")):
         record.warnings.append(warning)
 
