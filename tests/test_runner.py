@@ -314,14 +314,33 @@ def test_a_senseless_layout_is_skipped_in_a_sweep_and_an_error_alone(execute, tm
     assert read_record(tmp_path / "run").outcome == "failed"
 
 
-def test_a_kernel_that_the_device_lacks_is_skipped_in_a_sweep_and_fails_alone(execute, tmp_path):
-    record = execute("attention=fa3", "verify=never", sweep=SweepCell("a_sweep", 0, 2))
+def test_a_kernel_that_the_device_lacks_is_skipped_in_a_sweep_and_fails_alone(execute, monkeypatch, tmp_path):
+    monkeypatch.setattr(launch_module.worker, "main", faults.lacks_a_kernel)
+    record = execute("verify=never", sweep=SweepCell("a_sweep", 0, 2))
     assert (record.outcome, record.error) == ("skipped", None)
-    assert "fa3 cannot run on cpu" in record.message
-    with pytest.raises(UserError, match="fa3 cannot run on cpu"):
-        execute("attention=fa3", "verify=never")
+    assert "fa3 cannot run here" in record.message
+    with pytest.raises(UserError, match="fa3 cannot run here"):
+        execute("verify=never")
     record = read_record(tmp_path / "run")
     assert record.outcome == "failed" and record.error["type"] == NO_KERNEL == CannotRun.__name__
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("attention=fa3", "attention=fa3 cannot run on cpu: it needs a CUDA device"),
+        ("attention=sdpa_cudnn", "attention=sdpa_cudnn cannot run on cpu: it needs a CUDA device"),
+        ("kernels=triton", "kernels=triton cannot be had: they run on CUDA GPUs, found cpu"),
+    ],
+)
+def test_a_kernel_that_is_not_for_these_devices_is_refused_before_any_launch(
+    execute, tmp_path, override, words
+):
+    with pytest.raises(UserError, match=words):
+        execute(override)
+    assert not (tmp_path / "run" / "ranks").exists()
+    record = execute(override, sweep=SweepCell("a_sweep", 0, 2))
+    assert record.outcome == "skipped" and words in record.message
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import psutil
 
 from wanexp.config import RunConfig, conf_dir, to_dict
 from wanexp.console import Console, ProgressReporter
-from wanexp.errors import LayoutError, UserError
+from wanexp.errors import KernelError, LayoutError, UserError
 from wanexp.events import Event
 from wanexp.hardware.devices import find_devices, select_devices
 from wanexp.hardware.profiles import profile_for
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from wanexp.meeting import Machines
     from wanexp.sweep import SweepCell
 
-# What a rank raises where a named attention kernel cannot run (wan/flash_attention.py)
+# What a rank raises where only trying shows that a named attention kernel cannot run (wan/flash_attention.py)
 NO_KERNEL = "CannotRun"
 
 
@@ -81,7 +81,8 @@ def run(
             execute(config, prepared, record, folder, console)
     except UserError as error:
         lacks_kernel = record.error is not None and record.error.get("type") == NO_KERNEL
-        record.outcome = "skipped" if sweep and (isinstance(error, LayoutError) or lacks_kernel) else "failed"
+        is_no_fault = isinstance(error, LayoutError | KernelError) or lacks_kernel
+        record.outcome = "skipped" if sweep and is_no_fault else "failed"
         if record.outcome == "skipped":
             record.error = None  # a traceback would look like a fault
         record.message = str(error)
@@ -146,6 +147,10 @@ def prepare(config: RunConfig) -> Prepared:
 
         check_machines(plan.layout, machines)
     devices = plan.devices
+    if (config.attention, config.kernels) != ("auto", "auto"):
+        from wanexp.wan.kernels import check_kernels  # imports torch, so late
+
+        check_kernels(config, devices)
     profile = profile_for(config.hardware, devices[0], conf_dir())
     notes = []
     if config.hardware.device and profile and profile.name != config.hardware.device.name:
