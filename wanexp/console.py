@@ -33,6 +33,7 @@ STYLES = {"finished": "green", "skipped": "yellow", "infeasible": "yellow", "int
 TOO_LARGE = (
     "spread the weights (parallelism=block_distribution with more gpus), or take a smaller video or batch"
 )
+TOO_LARGE_ON_CPU = "take a smaller video, batch or model: more logical CPU devices have no more memory"
 LOGS = "logs of the ranks are beside the record"
 HINTS = {
     "oom": TOO_LARGE,
@@ -98,7 +99,8 @@ class Console:
         for warning in record.warnings:
             advice.add_row("Warning", Text(warning, style="yellow"))
         if hint := HINTS.get(record.outcome):
-            advice.add_row("Hint", hint)
+            on_cpu = record.effective.get("device_type") == "cpu"
+            advice.add_row("Hint", TOO_LARGE_ON_CPU if hint is TOO_LARGE and on_cpu else hint)
         if advice.rows:
             self.rich.print(advice)
         if path is not None:
