@@ -71,7 +71,8 @@ def run(
     try:
         prepared = prepare(config)
         config = prepared.preflight.config  # parallelism=auto is settled
-        record.warnings += [f"parallelism=auto: {note}"] if (note := prepared.preflight.note) else []
+        if prepared.preflight.note:
+            record.warnings.append(f"parallelism=auto: {prepared.preflight.note}")
         console.start_card(config, prepared.plan, weights=config.checkpoint or "random", notes=prepared.notes)
         if prepared.preflight.message and not config.force:
             record.plan = plan_summary(prepared.plan) | prepared.preflight.summary()
