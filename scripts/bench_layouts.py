@@ -416,6 +416,7 @@ def compare(record: Record, case: Case, job: Job, none_number: int | None) -> No
     import torch
 
     from wanexp.measure.parity import compare_answers, read_answer
+    from wanexp.planning.plan import parity_tolerance
 
     folder = job.run_folder.parent
     if none_number is not None:
@@ -431,7 +432,7 @@ def compare(record: Record, case: Case, job: Job, none_number: int | None) -> No
     record.metrics["parity/rel_l2"] = parity.rel_l2
     record.metrics["parity/bit_equal"] = float(parity.bit_equal)
     record.metrics["parity/num_blocks"] = float(case.blocks or job.config.model.architecture.num_layers)
-    if parity.rel_l2 > job.config.precision.tolerance:
+    if parity.rel_l2 > parity_tolerance(job.config):
         record.outcome = "inexact"
 
 

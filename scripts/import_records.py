@@ -1,17 +1,13 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Import records into MLflow: scripts/import_records.py multirun (see --help)."""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation, too
+from own_python import use_own_python
 
-try:
-    from wanexp.tracking.import_records import main
-except ModuleNotFoundError as error:
-    sys.exit(
-        f"error: {error.name} is not installed for {sys.executable}; activate wanexp's environment first"
-    )
+use_own_python()
+
+from wanexp.tracking.import_records import main
 
 if __name__ == "__main__":
     sys.exit(main())

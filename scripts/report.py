@@ -1,17 +1,13 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Write the report on a sweep: scripts/report.py multirun/<sweep> (see --help)."""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation, too
+from own_python import use_own_python
 
-try:
-    from wanexp.report.command import main
-except ModuleNotFoundError as error:
-    sys.exit(
-        f"error: {error.name} is not installed for {sys.executable}; activate wanexp's environment first"
-    )
+use_own_python()
+
+from wanexp.report.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

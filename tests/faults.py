@@ -11,7 +11,9 @@ import torch
 from wanexp import worker
 from wanexp.job import Job
 from wanexp.measure import parity
+from wanexp.rank_load import RankLoader
 from wanexp.rank_run import RankRun
+from wanexp.wan.flash_attention import CannotRun
 from wanexp.workloads.denoise import Denoise
 
 
@@ -112,6 +114,11 @@ def answers_nan(job: Job) -> None:
 def reference_fails(job: Job) -> None:
     if job.reference_of is not None:
         RankRun.load = lambda self, groups: _raise(MemoryError("no room for the reference"))  # type: ignore[method-assign, assignment, return-value]
+    worker.main(job)
+
+
+def lacks_a_kernel(job: Job) -> None:
+    RankLoader.choose_attention = lambda self: _raise(CannotRun("fa3", "here: fa3-fwd is not installed"))  # type: ignore[method-assign, assignment, return-value]
     worker.main(job)
 
 

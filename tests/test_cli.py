@@ -2,16 +2,21 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from wanexp import __main__ as program
-from wanexp.config import to_dict
+from wanexp import __version__
+from wanexp.config import RunConfig, to_dict
 from wanexp.errors import LayoutError
 from wanexp.record import Record
 
@@ -112,6 +117,8 @@ ERRORS = [
         ["model=wan2.1_t2v_1.3B"],
         "model 'wan2.1_t2v_1.3B' does not exist (did you mean wan2.1_t2v_1.3b?); write one of",
     ),
+    (["--foo"], "unrecognized arguments: --foo; --help lists the options"),
+    (["--cfg", "jobs"], "argument --cfg/-c: invalid choice: 'jobs'"),
     (["hardware=h100"], "hardware 'h100' does not exist"),
     (
         ["hardware/device=h1000", "hardware=2x_h100"],
@@ -173,6 +180,14 @@ def test_a_user_error_is_one_line_on_stderr_and_code_2(cli, runner, arguments, p
     assert not [path for path in (tmp_path / "multirun").rglob("*") if path.is_file()], (
         "leaves no file behind"
     )
+
+
+@pytest.mark.skipif(find_spec("submitit") is not None, reason="it is installed")
+@pytest.mark.parametrize("name", ["slurm", "submitit_slurm"])
+def test_slurm_without_its_package_says_what_to_install(cli, name):
+    code, _, err = cli("-m", f"hydra/launcher={name}", "seed=1,2")
+    wanted = "error: hydra/launcher=slurm needs hydra-submitit-launcher; write pip install 'wanexp[slurm]'\n"
+    assert (code, err) == (2, wanted)
 
 
 def test_a_user_who_wants_the_traceback_gets_it(cli, monkeypatch):
@@ -241,6 +256,23 @@ def test_help_has_examples_and_the_groups(cli):
     ):
         assert text in out
     assert "powered by hydra" not in out.lower()
+
+
+def test_help_names_every_single_key_and_the_config_gives_it_with_a_comment(cli):
+    """A key that somebody adds to the schema is found by who looks for it."""
+    _, out, _ = cli("--help")
+    lines = (ROOT / "conf" / "config.yaml").read_text().splitlines()
+    commented = {line.partition(":")[0] for line in lines if ": " in line and "  # " in line}
+    keys = {item.name for item in fields(RunConfig)}
+    single = keys - {path.name for path in (ROOT / "conf").iterdir()} - {"limits"}
+    assert {"task", "force", "gpus"} <= single <= commented
+    assert not {key for key in keys if not re.search(rf"\b{key}\b", out)}
+
+
+def test_version_is_that_of_wanexp_and_of_torch(cli):
+    code, out, err = cli("seed=1", "--version")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"wanexp {__version__}, torch {version('torch')}")
 
 
 def test_help_examples_compose(cli, runner):

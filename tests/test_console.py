@@ -1,5 +1,6 @@
 """What a person sees, read as text at 80 and 120 columns."""
 
+import dataclasses
 import io
 from typing import Any
 
@@ -22,7 +23,7 @@ from wanexp.guide.configuration import compose_config
 from wanexp.hardware.devices import Device
 from wanexp.plan_table import print_plan_table
 from wanexp.planning.plan import make_plan
-from wanexp.planning.planner import plan_layouts
+from wanexp.planning.planner import plan_layouts, with_asked
 from wanexp.planning.task import devices_to_plan
 from wanexp.progress import show_progress
 from wanexp.record import Record
@@ -163,8 +164,12 @@ def test_end_table(width):
     screen = Screen(width)
     finished = record(
         outcome="finished",
-        requested={"precision": {"tolerance": 0.01}},
-        effective={"attention": "sdpa_flash", "verified": "flow, all 8 blocks"},
+        effective={
+            "attention": "sdpa_flash",
+            "is_lossy": True,
+            "verified": "flow, all 8 blocks",
+            "tolerance": 0.01,
+        },
         metrics=METRICS,
         samples={"step_ms": [412.0] * 4},
         warnings=["GPU 0 was throttled by heat in 12 % of the samples"],
@@ -182,7 +187,7 @@ def test_end_table(width):
     assert "Kernels       attention sdpa_flash" in text
     assert "Exchanged     blocks 32.0 MiB between devices a forward" in text
     assert "relative L2 error 1.2e-03 against mode none" in text
-    assert "(flow, all 8 blocks; tolerance 0.01)" in " ".join(text.split())
+    assert "(lossy; flow, all 8 blocks; tolerance 0.01)" in " ".join(text.split())
     assert "Warning       GPU 0 was throttled" in text
     assert f"Record        {path}\n" in text  # in one piece
     rows = [line.split() for line in text.splitlines()]
@@ -219,10 +224,20 @@ def test_end_table_of_a_failure():
     assert "Hint          spread the weights" in text
 
 
-def plan_text(width: int, hardware: str) -> str:
-    asked = compose_config(["model=wan2.1_t2v_14b", f"hardware={hardware}", "task=plan", "kernels=torch"])
+@pytest.mark.parametrize("outcome", ["infeasible", "oom"])
+def test_on_logical_devices_nobody_is_told_to_take_more_of_them(outcome):
+    screen = Screen()
+    screen.console.end_table(record(outcome=outcome, effective={"device_type": "cpu"}))
+    assert "Hint          take a smaller video, batch or model" in screen.text()
+
+
+def plan_text(width: int, hardware: str, *overrides: str) -> str:
+    asked = compose_config(
+        ["model=wan2.1_t2v_14b", f"hardware={hardware}", "task=plan", "kernels=torch", *overrides]
+    )
     devices = devices_to_plan(asked)
-    planned = plan_layouts(asked, devices, [asked.hardware.device] * len(devices))
+    profiles = [asked.hardware.device] * len(devices)
+    planned = with_asked(plan_layouts(asked, devices, profiles), asked, devices, profiles)
     screen = Screen(width)
     print_plan_table(
         screen.console, asked, devices, planned, "" if planned.winner else "write a smaller video"
@@ -248,6 +263,29 @@ def test_plan_table_says_why_each_mode_cannot_run(width):
     assert "none: needs 30.3 GiB on gpu0, 10.0 free" in text
     assert "tensor_parallel x 4: needs" in text and "fsdp x 4: needs" in text
     assert "Would fit     write a smaller video" in text and "best" not in text.split("Shown:")[0]
+
+
+@WIDTHS
+def test_plan_table_marks_the_layout_asked_for(width):
+    text = plan_text(width, "2x_rtx4090", "parallelism=block_distribution")
+    (row,) = (line for line in text.splitlines() if "asked for" in line)
+    assert row.startswith("block_distribution x 2  ") and row.rstrip().endswith("fits, asked for")
+    assert "Asked for         parallelism=block_distribution 'gpus=[0,1]'" in text
+
+
+@WIDTHS
+def test_plan_table_of_logical_devices_counts_the_host_once_and_claims_no_speed(width, monkeypatch):
+    devices = tuple(dataclasses.replace(device, free_bytes=40 * GIB) for device in CPUS)
+    monkeypatch.setattr("wanexp.planning.task.find_devices", lambda _: devices)
+    text = plan_text(width, "cpu", "parallelism=data_parallel")
+    words = " ".join(text.split())
+    assert "40.0 GiB free for all" in words and "GPU" not in words and "CUDA" not in words
+    assert "needs GiB: predicted peak of all devices, which share this host's memory." in words
+    assert "data_parallel x 2: needs 58.7 GiB of host memory, 40.0 free" in words
+    (row,) = (line for line in text.splitlines() if "asked for" in line and "x 2" in line)
+    assert row.split()[-6:] == ["58.7", "?", "?", "no,", "asked", "for"]
+    assert "Ranked first  parallelism=none 'gpus=[0]'" in text and "Best" not in text
+    assert "no rates are known for these devices" in words and "best" not in text.split("Shown:")[0]
 
 
 def test_tracking_lines_stay_whole():

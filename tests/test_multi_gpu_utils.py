@@ -146,6 +146,21 @@ def test_the_command_runs_what_was_planned(model_14b):
     assert (config.parallelism.mode, config.gpus) == ("block_distribution", [0, 1])
 
 
+def test_a_model_by_name_needs_no_checkpoint(model_14b):
+    named, read = (api.setup_optimal_parallelism(it, [24, 24]) for it in ("wan2.1_t2v_14b", model_14b))
+    assert named["plan"]["layouts"] == read["plan"]["layouts"] and named["plan"]["checkpoint_gib"] is None
+    assert "on disk" in read["reason"] and "on disk" not in named["reason"]
+    assert (
+        "model=wan2.1_t2v_14b" in named["plan"]["command"] and "checkpoint=" not in named["plan"]["command"]
+    )
+
+
+def test_the_pages_first_example_runs(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "choosing.md").read_text()
+    exec(page.split("```python")[1].split("```")[0], {})
+    assert "block_distribution x 2" in capsys.readouterr().out
+
+
 def test_no_gpu_is_an_answer(model_1_3b, found):
     found(*cpu_devices(8))
     answer = api.setup_optimal_parallelism(model_1_3b)

@@ -4,18 +4,21 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests import faults
-from tests.conftest import CLIP, PER_TOKEN, TWO_EXPERTS, Composer
+from tests.conftest import CLIP, PER_TOKEN, TWO_EXPERTS, Composer, cpu_devices
 from wanexp import launch as launch_module
 from wanexp.errors import UserError
+from wanexp.job import Job
 from wanexp.measure import parity
 from wanexp.parallel.layout import Layout
+from wanexp.planning.plan import make_plan
 from wanexp.record import SCHEMA_VERSION, Record, read_record
-from wanexp.runner import NO_KERNEL, run
+from wanexp.runner import NO_KERNEL, compare_with_reference, effective_settings, run
 from wanexp.sweep import SweepCell
 from wanexp.wan.flash_attention import CannotRun
 from wanexp.wan.weights import RandomWeights
@@ -221,12 +224,46 @@ def test_a_wrong_answer_is_inexact(execute, monkeypatch):
     assert record.message == "the flow differs from mode none by 0.01 relative L2; fp32 allows 1e-05"
 
 
+@pytest.mark.parametrize(
+    ("precision", "attention", "rel_l2", "allowed_by"),
+    [
+        ("fp8", "fa3_fp8", 0.176, None),  # as measured: docs/results/float8.json
+        ("bf16", "fa3_fp8", 0.176, None),
+        ("fp8", "auto", 0.051, None),
+        ("bf16", "fa3_fp8", 0.5, "attention=fa3_fp8 allows 0.3"),
+        ("fp8", "auto", 0.176, "fp8 allows 0.12"),
+        ("bf16", "auto", 0.03, "bf16 allows 0.02"),
+    ],
+)
+def test_a_lossy_run_may_be_as_far_off_as_it_was_measured_to_be_and_no_further(
+    run_config: Composer, tmp_path, monkeypatch, precision, attention, rel_l2, allowed_by
+):
+    config = run_config(f"precision={precision}", f"attention={attention}")
+    plan = make_plan(config, cpu_devices(1))
+    record = Record("id", "name", "now", {}, outcome="finished", effective=effective_settings(config, plan))
+    record.effective |= {"attention": attention, "cross_attention": attention}
+    launched = SimpleNamespace(outcome="finished", reports={0: {"rel_l2": rel_l2, "bit_equal": False}})
+    monkeypatch.setattr("wanexp.runner._launch", lambda *_: launched)
+    compare_with_reference(record, Job(config, plan, tmp_path, tmp_path, 1), 4, lambda *_: None)
+    assert record.outcome == ("inexact" if allowed_by else "finished")
+    assert record.message.endswith(allowed_by or "")
+    assert record.effective["is_lossy"] == (precision != "bf16" or attention != "auto")
+    assert record.effective["tolerance"] == {"fa3_fp8": 0.3}.get(attention, config.precision.tolerance)
+
+
 def test_an_answer_of_nan_is_inexact_and_its_record_is_still_written(execute, monkeypatch):
     monkeypatch.setattr(launch_module.worker, "main", faults.answers_nan)
     record = execute(*MODES["data_parallel"])
     assert record.outcome == "inexact"
     assert "parity/rel_l2" not in record.metrics and record.metrics["parity/bit_equal"] == 0
     assert "inf" in record.message
+
+
+def test_a_run_without_warm_up_says_what_its_first_step_has_in_it(execute):
+    cold, warm = (execute("verify=never", f"workload.num_warmup_steps={number}") for number in (0, 1))
+    words = "the first timed step has one-time set-up in it (workload.num_warmup_steps=0)"
+    assert any(warning.startswith(words) for warning in cold.warnings)
+    assert not any("warm" in warning for warning in warm.warnings)
 
 
 def test_a_loss_of_nan_is_kept_out_of_the_metrics(execute):
@@ -277,14 +314,33 @@ def test_a_senseless_layout_is_skipped_in_a_sweep_and_an_error_alone(execute, tm
     assert read_record(tmp_path / "run").outcome == "failed"
 
 
-def test_a_kernel_that_the_device_lacks_is_skipped_in_a_sweep_and_fails_alone(execute, tmp_path):
-    record = execute("attention=fa3", "verify=never", sweep=SweepCell("a_sweep", 0, 2))
+def test_a_kernel_that_the_device_lacks_is_skipped_in_a_sweep_and_fails_alone(execute, monkeypatch, tmp_path):
+    monkeypatch.setattr(launch_module.worker, "main", faults.lacks_a_kernel)
+    record = execute("verify=never", sweep=SweepCell("a_sweep", 0, 2))
     assert (record.outcome, record.error) == ("skipped", None)
-    assert "fa3 cannot run on cpu" in record.message
-    with pytest.raises(UserError, match="fa3 cannot run on cpu"):
-        execute("attention=fa3", "verify=never")
+    assert "fa3 cannot run here" in record.message
+    with pytest.raises(UserError, match="fa3 cannot run here"):
+        execute("verify=never")
     record = read_record(tmp_path / "run")
     assert record.outcome == "failed" and record.error["type"] == NO_KERNEL == CannotRun.__name__
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("attention=fa3", "attention=fa3 cannot run on cpu: it needs a CUDA device"),
+        ("attention=sdpa_cudnn", "attention=sdpa_cudnn cannot run on cpu: it needs a CUDA device"),
+        ("kernels=triton", "kernels=triton cannot be had: they run on CUDA GPUs, found cpu"),
+    ],
+)
+def test_a_kernel_that_is_not_for_these_devices_is_refused_before_any_launch(
+    execute, tmp_path, override, words
+):
+    with pytest.raises(UserError, match=words):
+        execute(override)
+    assert not (tmp_path / "run" / "ranks").exists()
+    record = execute(override, sweep=SweepCell("a_sweep", 0, 2))
+    assert record.outcome == "skipped" and words in record.message
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,23 @@
 needs is imported here, so that --help and --cfg answer at once.
 """
 
+import io
 import os
 import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from importlib.metadata import version
 from pathlib import Path
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from wanexp import __version__
 from wanexp.compose_errors import explain
 from wanexp.config import conf_dir, register, to_run_config
 from wanexp.errors import UserError
@@ -43,9 +47,13 @@ def main() -> int:
     """Run the command line in `sys.argv` and return the exit code."""
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # ends like Ctrl-C: with a record
     sys.argv[1:] = options_first(sys.argv[1:])
+    if "--version" in sys.argv[1:]:  # Hydra's would be its own
+        print(f"wanexp {__version__}, torch {version('torch')}, hydra {hydra.__version__}")
+        return 0
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     SweepLauncher.current = None
     try:
+        _check_options(sys.argv[1:])
         with _hydra_raises(), _quiet_outer_ranks():
             code, failure = _run_hydra()
     except KeyboardInterrupt:
@@ -77,6 +85,17 @@ def options_first(arguments: Sequence[str]) -> list[str]:
         if argument in OPTIONS_WITH_VALUE:
             options += [value for value in [next(rest, None)] if value is not None]
     return options + overrides
+
+
+def _check_options(arguments: Sequence[str]) -> None:
+    """Raise UserError for what Hydra's parser does not take: it would print its whole usage, and exit."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            get_args_parser().parse_args(arguments)
+    except SystemExit:
+        reason = said.getvalue().strip().rpartition("error: ")[2]
+        raise UserError(f"{reason}; --help lists the options") from None
 
 
 def _user_error(error: Exception, message: str | None) -> int:

@@ -59,6 +59,8 @@ def explain(error: BaseException) -> str | None:
 def _missing_config(error: MissingConfigException) -> str:
     path = error.missing_cfg_file or ""
     group, _, name = path.rpartition("/")
+    if name.startswith("submitit"):
+        return "hydra/launcher=slurm needs hydra-submitit-launcher; write pip install 'wanexp[slurm]'"
     if not group or not error.options:
         return _one_line(_first_line(error))
     where = _origin(error)

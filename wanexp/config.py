@@ -156,7 +156,7 @@ class VideoConfig:
 
 @dataclass
 class PrecisionConfig:
-    """Number formats. `tolerance` bounds parity/rel_l2 of a mode against `none`."""
+    """Number formats. `tolerance` bounds parity/rel_l2 against `none`; a lossy attention kernel may allow more."""
 
     name: str = MISSING
     dtype: str = MISSING  # of weights and matrix products: bfloat16, float16, float32

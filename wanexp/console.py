@@ -33,6 +33,7 @@ STYLES = {"finished": "green", "skipped": "yellow", "infeasible": "yellow", "int
 TOO_LARGE = (
     "spread the weights (parallelism=block_distribution with more gpus), or take a smaller video or batch"
 )
+TOO_LARGE_ON_CPU = "take a smaller video, batch or model: more logical CPU devices have no more memory"
 LOGS = "logs of the ranks are beside the record"
 HINTS = {
     "oom": TOO_LARGE,
@@ -98,7 +99,8 @@ class Console:
         for warning in record.warnings:
             advice.add_row("Warning", Text(warning, style="yellow"))
         if hint := HINTS.get(record.outcome):
-            advice.add_row("Hint", hint)
+            on_cpu = record.effective.get("device_type") == "cpu"
+            advice.add_row("Hint", TOO_LARGE_ON_CPU if hint is TOO_LARGE and on_cpu else hint)
         if advice.rows:
             self.rich.print(advice)
         if path is not None:
@@ -287,10 +289,15 @@ def _result_rows(record: Record) -> dict[str, str]:
     rows["Loss"] = _joined(metrics, ("train/loss", "(last step)"))
     if (parity := _parity(metrics)) is not None:
         error = parity if parity == "bit-equal" else f"relative L2 error {parity}"
-        tolerance = record.requested.get("precision", {}).get("tolerance")
+        tolerance = record.effective.get("tolerance")
         known = "; ".join(
             filter(
-                None, (record.effective.get("verified"), f"tolerance {tolerance:g}" if tolerance else None)
+                None,
+                (
+                    "lossy" if record.effective.get("is_lossy") else None,
+                    record.effective.get("verified"),
+                    f"tolerance {tolerance:g}" if tolerance else None,
+                ),
             )
         )
         rows["Parity"] = f"{error} against mode none" + (f" ({known})" if known else "")

@@ -9,5 +9,9 @@ class LayoutError(UserError):
     """A layout that makes no sense for these devices or this model; a sweep records such a cell as `skipped`."""
 
 
+class KernelError(UserError):
+    """A kernel asked for by name that these devices cannot run; a sweep records such a cell as `skipped`."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, of another model, or of a kind that is not supported."""

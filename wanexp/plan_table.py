@@ -26,10 +26,13 @@ def print_plan_table(
     names = ", ".join(dict.fromkeys(device.name for device in devices))
     free = [device.free_bytes / GIB for device in devices]
     memory = f"{min(free):.1f}" if max(free) - min(free) < 0.05 else f"{min(free):.1f} to {max(free):.1f}"
+    on_gpu = devices[0].type == "cuda"
     described = facts()
     described.add_row("Model", f"{config.model.name}, {config.precision.name}, {config.workload.name}")
     described.add_row("Video", f"{config.video.name}, {num_tokens(config.model, config.video):,} tokens")
-    described.add_row("Devices", f"{len(devices)} x {names}, {memory} GiB free")
+    described.add_row(
+        "Devices", f"{len(devices)} x {names}, {memory} GiB free" + ("" if on_gpu else " for all")
+    )
     screen.print(described)
     screen.print()
     shown = planned.digest()
@@ -59,30 +62,39 @@ def print_plan_table(
             f"Shown: the best of each mode, and of the products of several. {left_out} more layouts were weighed; "
             "plan_json=true has all."
         )
+    of_what = (
+        "the fullest GPU, CUDA context included" if on_gpu else "all devices, which share this host's memory"
+    )
     screen.print(
-        "needs GiB: predicted peak of the fullest GPU, CUDA context included. speed-up: over mode none; of "
-        "replicas in samples a second, one sample each."
+        f"needs GiB: predicted peak of {of_what}. speed-up: over mode none; of replicas in samples a second, one "
+        "sample each."
     )
     winner = planned.winner
     advices = facts()
     if winner:
-        advices.add_row(f"Best for {planned.objective}", winner.settings)
+        advices.add_row("Ranked first" if planned.note else f"Best for {planned.objective}", winner.settings)
     elif advice:
         advices.add_row("Would fit", advice)
     else:
         advices.add_row("Nothing fits", "")
+    if planned.asked:
+        advices.add_row("Asked for", planned.asked.settings)
+    if planned.note:
+        advices.add_row("Note", planned.note)
     screen.print(advices)
 
 
 def _plan_row(planned: Planned, candidate: Candidate) -> dict[str, Text]:
-    needs = max((entry.needed / GIB for entry in candidate.memory), default=None)
+    needs = f"{candidate.needed_bytes / GIB:.1f}" if candidate.memory else ""
     time = candidate.time if candidate.time and candidate.time.is_known else None
     speedup = planned.speedup(candidate)
-    verdict = "no" if candidate.rejection else "best" if candidate is planned.winner else "fits"
+    best = "first" if planned.note else "best"
+    verdict = "no" if candidate.rejection else best if candidate is planned.winner else "fits"
+    verdict += ", asked for" if candidate is planned.asked else ""
     return {
         "layout": Text(candidate.name),
         "buys": Text(BUYS[candidate.parallelism.mode]),
-        "needs GiB": Text("" if needs is None else f"{needs:.1f}"),
+        "needs GiB": Text(needs),
         "step ms": Text(f"{time.step_s * 1000:,.0f}" if time else "?"),
         "speed-up": Text(f"{speedup:.2f}x" if speedup else "?"),
         "verdict": Text(verdict, style="yellow" if candidate.rejection else "green"),

@@ -18,7 +18,7 @@ import psutil
 
 from wanexp.config import RunConfig, conf_dir, to_dict
 from wanexp.console import Console, ProgressReporter
-from wanexp.errors import LayoutError, UserError
+from wanexp.errors import KernelError, LayoutError, UserError
 from wanexp.events import Event
 from wanexp.hardware.devices import find_devices, select_devices
 from wanexp.hardware.profiles import profile_for
@@ -27,7 +27,7 @@ from wanexp.job import Job
 from wanexp.measure.environment import host_environment
 from wanexp.measure.results import latency_metrics, run_metrics, step_seconds
 from wanexp.measure.statistics import noise_warning, summarise_samples
-from wanexp.planning.plan import Plan, is_lossy_run, reference_plan
+from wanexp.planning.plan import Plan, is_lossy_run, parity_tolerance, reference_plan
 from wanexp.planning.planner import cap_memory
 from wanexp.planning.preflight import Preflight, preflight
 from wanexp.record import Record
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from wanexp.meeting import Machines
     from wanexp.sweep import SweepCell
 
-# What a rank raises where a named attention kernel cannot run (wan/flash_attention.py)
+# What a rank raises where only trying shows that a named attention kernel cannot run (wan/flash_attention.py)
 NO_KERNEL = "CannotRun"
 
 
@@ -71,6 +71,8 @@ def run(
     try:
         prepared = prepare(config)
         config = prepared.preflight.config  # parallelism=auto is settled
+        if prepared.preflight.note:
+            record.warnings.append(f"parallelism=auto: {prepared.preflight.note}")
         console.start_card(config, prepared.plan, weights=config.checkpoint or "random", notes=prepared.notes)
         if prepared.preflight.message and not config.force:
             record.plan = plan_summary(prepared.plan) | prepared.preflight.summary()
@@ -81,7 +83,8 @@ def run(
             execute(config, prepared, record, folder, console)
     except UserError as error:
         lacks_kernel = record.error is not None and record.error.get("type") == NO_KERNEL
-        record.outcome = "skipped" if sweep and (isinstance(error, LayoutError) or lacks_kernel) else "failed"
+        is_no_fault = isinstance(error, LayoutError | KernelError) or lacks_kernel
+        record.outcome = "skipped" if sweep and is_no_fault else "failed"
         if record.outcome == "skipped":
             record.error = None  # a traceback would look like a fault
         record.message = str(error)
@@ -146,6 +149,10 @@ def prepare(config: RunConfig) -> Prepared:
 
         check_machines(plan.layout, machines)
     devices = plan.devices
+    if (config.attention, config.kernels) != ("auto", "auto"):
+        from wanexp.wan.kernels import check_kernels  # imports torch, so late
+
+        check_kernels(config, devices)
     profile = profile_for(config.hardware, devices[0], conf_dir())
     notes = []
     if config.hardware.device and profile and profile.name != config.hardware.device.name:
@@ -255,6 +262,11 @@ def take_results(record: Record, config: RunConfig, prepared: Prepared, launched
         record.effective |= first["effective"]
         record.warnings += first["warnings"]
         record.environment |= first["environment"]
+    if steps and config.workload.num_warmup_steps == 0:
+        record.warnings.append(
+            "the first timed step has one-time set-up in it (workload.num_warmup_steps=0), such as the compilation of "
+            "kernels"
+        )
     if steps and (warning := noise_warning(summarise_samples(steps), "the step time")):
         record.warnings.append(warning)
 
@@ -293,11 +305,14 @@ def compare_with_reference(record: Record, job: Job, num_blocks: int, progress: 
     what = "gradients" if config.workload.name == "train" else "flow"
     share = "all" if num_blocks == total else f"the first {num_blocks} of"
     record.effective["verified"] = f"{what}, {share} {total} blocks"
-    if not parity["rel_l2"] <= config.precision.tolerance:
+    tolerance = parity_tolerance(config)
+    if not parity["rel_l2"] <= tolerance:
+        is_of_precision = tolerance == config.precision.tolerance
+        allows = config.precision.name if is_of_precision else f"attention={config.attention}"
         record.outcome = "inexact"
         record.message = (
             f"the {what} differs from mode none by {parity['rel_l2']:.2g} relative L2; "
-            f"{config.precision.name} allows {config.precision.tolerance:g}"
+            f"{allows} allows {tolerance:g}"
         )
     elif plan.must_be_bit_equal(config) and not parity["bit_equal"]:
         record.warnings.append(
@@ -339,6 +354,7 @@ def effective_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "transport": None,
         "precision": config.precision.name,
         "is_lossy": is_lossy_run(config),
+        "tolerance": parity_tolerance(config),
         "residual": "float32" if config.precision.residual_fp32 else config.precision.dtype,
         "device_type": plan.device_type,
         "devices": [{"label": device.label, **dataclasses.asdict(device)} for device in plan.devices],

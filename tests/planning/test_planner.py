@@ -13,7 +13,7 @@ from wanexp.hardware.profiles import profile_for
 from wanexp.planning.advice import nearest_that_fits
 from wanexp.planning.candidates import Planned
 from wanexp.planning.memory import GIB
-from wanexp.planning.planner import judge, plan_layouts
+from wanexp.planning.planner import judge, plan_layouts, with_asked
 from wanexp.planning.preflight import Preflight, preflight
 from wanexp.planning.task import devices_to_plan
 
@@ -376,6 +376,72 @@ def test_unknown_devices_are_ranked_but_get_no_times():
     result = planned("model=tiny", devices=(gpu(0, 8, "Some GPU"), gpu(1, 8, "Some GPU")))
     assert result.winner and result.winner.summary()["step_ms"] is None
     assert result.speedup(result.winner) is None
+
+
+def test_without_rates_the_order_says_so_and_a_ranking_by_memory_needs_none():
+    devices = (gpu(0, 8, "Some GPU"), gpu(1, 8, "Some GPU"))
+    assert "no rates are known" in planned("model=tiny", devices=devices).note
+    assert planned("model=tiny", "objective=memory", devices=devices).note == ""
+    assert planned("model=tiny", "hardware=2x_h200").note == ""
+    assert "no rates are known" in checked("model=tiny", "parallelism=auto", devices=devices).note
+    assert checked("model=tiny", devices=devices[:1]).note == ""
+
+
+def test_logical_devices_share_the_cores_and_the_memory_of_the_host():
+    """So no layout is faster than mode none, and each device more only adds its activations."""
+    devices = tuple(Device("cpu", index, "cpu", 16 * GIB, 12 * GIB) for index in range(2))
+    result = planned("model=wan2.1_t2v_1.3b", "precision=fp32", devices=devices)
+    by_name = {candidate.name: candidate for candidate in result.candidates}
+    none, blocks = by_name["none"], by_name["block_distribution x 2"]
+    assert result.winner is none and planned("objective=memory", devices=devices).winner.name == "none"
+    assert blocks.time.step_s >= none.time.step_s
+    assert blocks.needed_bytes == sum(entry.needed for entry in blocks.memory) > none.needed_bytes
+    assert by_name["data_parallel x 2"].rejection == "needs 16.2 GiB of host memory, 12.0 free"
+    assert by_name["data_parallel x 2"].excess_bytes == pytest.approx(4.2 * GIB, rel=0.02)
+
+
+# --- the layout that was asked for
+
+
+def asked(*overrides: str) -> Planned:
+    config = composed(*overrides)
+    devices = devices_to_plan(config)
+    profiles = [profile_for(config.hardware, device, conf_dir()) for device in devices]
+    return with_asked(plan_layouts(config, devices, profiles), config, devices, profiles)
+
+
+def test_the_layout_asked_for_is_marked_among_the_others():
+    result = asked("+experiment=two_rtx4090_14b")
+    assert result.asked in result.digest() and result.asked.name == "block_distribution x 2"
+    assert [row["layout"] for row in result.summary()["layouts"] if row["is_asked_for"]] == [
+        "block_distribution x 2"
+    ]
+    assert len(result.candidates) == len(asked("+experiment=two_rtx4090_14b", "parallelism=none").candidates)
+
+
+def test_a_layout_of_ones_own_is_one_more():
+    """docs/choosing.md: 0.94x unpipelined, where contiguous blocks are 1.00x."""
+    plain = asked("+experiment=two_rtx4090_14b", "parallelism=none")
+    assert plain.asked is None
+    for name, placement, speedup in (
+        ("block_distribution x 2, interleaved, not pipelined", "interleaved", 0.94),
+        ("block_distribution x 2, not pipelined", "contiguous", 1.00),
+    ):
+        result = asked(
+            "+experiment=two_rtx4090_14b",
+            f"parallelism.block_placement={placement}",
+            "parallelism.pipeline=false",
+        )
+        assert result.asked and result.asked.name == name and not result.asked.rejection
+        assert result.speedup(result.asked) == pytest.approx(speedup, abs=0.005)
+        assert len(result.candidates) == len(plain.candidates) + 1
+        assert result.winner is not result.asked and result.candidates.index(result.asked) < 10
+
+
+def test_a_layout_asked_for_that_makes_no_sense_says_why():
+    result = asked("model=tiny", "hardware=2x_rtx4090", "parallelism=tensor_parallel", "gpus=[0]")
+    assert result.asked in result.digest()
+    assert "tensor_parallel on one GPU splits nothing" in result.asked.rejection
 
 
 def test_a_machine_without_a_memory_size_cannot_be_planned():

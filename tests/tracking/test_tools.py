@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -54,12 +55,48 @@ def test_import_bad_usage(arguments: list[str], working_folder: Path) -> None:
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("script", ["import_records.py", "rerun.py", "mlflow_ui.sh"])
+@pytest.mark.parametrize("script", ["import_records.py", "report.py", "rerun.py", "mlflow_ui.sh"])
 def test_scripts_run_from_any_folder(script: str, working_folder: Path) -> None:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run([SCRIPTS / script, "--help"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+SCRIPT_CALLS = [  # script, and how the Python of .venv is called for it
+    ("rerun.py", "scripts/rerun.py record.json"),
+    ("report.py", "scripts/report.py record.json"),
+    ("import_records.py", "scripts/import_records.py record.json"),
+    ("mlflow_ui.sh", "scripts/own_python.py wanexp.tracking.ui record.json"),
+]
+
+
+@pytest.mark.parametrize(("script", "call"), SCRIPT_CALLS)
+def test_a_script_outside_of_the_environment_goes_on_in_that_of_the_source_tree(
+    script: str, call: str, tmp_path: Path
+) -> None:
+    tree, bare = tmp_path / "tree", tmp_path / "bin"
+    shutil.copytree(SCRIPTS, tree / "scripts")
+    bare.mkdir()
+    for name in ("python", "python3"):  # without the packages
+        write_program(bare / name, f'exec "{sys.executable}" -S "$@"')
+    path = {"PATH": f"{bare}:/usr/bin:/bin"}
+    done = subprocess.run(
+        [tree / "scripts" / script, "record.json"], env=path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: hydra is not installed") and "scripts/setup.sh" in done.stderr
+    (tree / ".venv" / "bin").mkdir(parents=True)
+    write_program(tree / ".venv" / "bin" / "python", 'echo "$@"')
+    done = subprocess.run(
+        [tree / "scripts" / script, "record.json"], env=path, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == f"{tree}/{call}", done.stderr
+
+
+def write_program(path: Path, line: str) -> None:
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
 
 
 def test_rerun_user_errors(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import gelu
 
 from tests.wan.test_transformer import VARIANTS, rel_l2
-from wanexp.errors import UserError
+from wanexp.errors import KernelError, UserError
 from wanexp.offload.quantize import QuantizedLinear, quantize_linears
 from wanexp.wan import fused
 from wanexp.wan.architecture import WanArchitecture
@@ -569,8 +569,11 @@ def test_without_triton_auto_is_torch_and_triton_an_error(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     arguments = {"device_type": "cuda", "compute_capability": (9, 0), "training": False}
     assert fused.choose_kernels("auto", **arguments) == "torch"
-    with pytest.raises(UserError, match="triton is not installed; write kernels=auto or kernels=torch"):
+    with pytest.raises(KernelError, match="triton is not installed; write kernels=auto or kernels=torch"):
         fused.choose_kernels("triton", **arguments)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(KernelError, match="they run on CUDA GPUs, found cpu"):  # what to mend first
+        fused.choose_kernels("triton", device_type="cpu", compute_capability=None, training=False)
 
 
 def test_tiles_are_whole_where_the_sizes_are_those_of_wan():

@@ -61,7 +61,7 @@ def config_from_guide(settings: Mapping[str, Any]) -> list[str]:
     if "model" in settings:
         overrides += _model_overrides(settings["model"])
     if "base_precision" in settings:
-        precision, valid = settings["base_precision"], _choices("precision")
+        precision, valid = settings["base_precision"], choices("precision")
         if precision not in valid:
             raise UserError(unknown_choice_message("base_precision", precision, valid))
         overrides.append(f"precision={precision}")
@@ -125,7 +125,7 @@ def _gpu_ids(written: Any) -> list[int]:
 def _model_overrides(written: Any) -> list[str]:
     if not isinstance(written, str | Path) or not str(written):
         raise UserError(f"model is {written!r}; write the path of a checkpoint or the name of a model")
-    if str(written) in _choices("model"):
+    if str(written) in choices("model"):
         return [f"model={written}"]
     path = Path(written).expanduser()
     if path.exists():
@@ -134,7 +134,7 @@ def _model_overrides(written: Any) -> list[str]:
     if not matches:
         raise UserError(
             f"there is no checkpoint at {path}, and its name does not say which model it is; write the path of a "
-            f"checkpoint or one of: {', '.join(_choices('model'))}"
+            f"checkpoint or one of: {', '.join(choices('model'))}"
         )
     return [f"model={matches[-1]}", f"checkpoint={quoted(path)}"]
 
@@ -166,7 +166,7 @@ def checkpoint_overrides(path: Path, experts: "Sequence[Checkpoint]") -> list[st
 
 def published_name(architecture: WanArchitecture, num_experts: int) -> str | None:
     """The first model of conf/model with these sizes. A single expert of Wan 2.2 goes as the 2.1 model of its size."""
-    return next((name for name in _choices("model") if _published(name) == (architecture, num_experts)), None)
+    return next((name for name in choices("model") if _published(name) == (architecture, num_experts)), None)
 
 
 @cache
@@ -206,5 +206,6 @@ def quoted(path: Path) -> str:
     return "'" + text.replace("'", r"\'") + "'"
 
 
-def _choices(group: str) -> list[str]:
+def choices(group: str) -> list[str]:
+    """The names in a group of conf/."""
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))

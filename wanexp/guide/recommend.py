@@ -11,7 +11,13 @@ from typing import Any
 
 from wanexp.config import DeviceProfile, HardwareConfig, RunConfig, conf_dir
 from wanexp.errors import UserError
-from wanexp.guide.configuration import GUIDE_MODES, checkpoint_overrides, compose_config, open_all_experts
+from wanexp.guide.configuration import (
+    GUIDE_MODES,
+    checkpoint_overrides,
+    choices,
+    compose_config,
+    open_all_experts,
+)
 from wanexp.guide.gpus import PRECISION_NEEDS
 from wanexp.hardware.devices import Device, find_devices
 from wanexp.hardware.profiles import profile_for
@@ -33,8 +39,9 @@ def setup_optimal_parallelism(
     """The mode that gives the most videos an hour for a checkpoint, and why.
 
     `path`: a safetensors file, a sharded index or a folder, as wanexp's `checkpoint` takes it; only its header is
-    read. `available_vram`: None for the GPUs of this machine with the memory that is free now; a number of GiB for one
-    GPU that you do not have, a list of them for several.
+    read. Or a model that you do not have, by its name in conf/model, such as wan2.1_t2v_14b. `available_vram`: None for
+    the GPUs of this machine with the memory that is free now; a number of GiB for one GPU that you do not have, a list
+    of them for several.
 
     Planned for one sample a replica at the model's usual video size, in bf16 (fp16 on GPUs without it) whatever the
     file stores, because that is what runs; `reason` says so. The guide's modes are ranked by throughput, as replicas
@@ -50,14 +57,18 @@ def setup_optimal_parallelism(
 
     Raises UserError for a missing or unreadable checkpoint and for an available_vram that is no memory size.
     """
-    path = Path(path).expanduser()
-    experts = open_all_experts(path)
+    if str(path) in choices("model"):
+        experts, model = [], [f"model={path}"]
+    else:
+        path = Path(path).expanduser()
+        experts = open_all_experts(path)
+        model = checkpoint_overrides(path, experts)
     devices = _hypothetical_gpus(available_vram) if available_vram is not None else find_devices(_found())
     on_gpu = devices[0].type == "cuda"
     if not on_gpu:
         devices = devices[:1]
     precision = _precision(devices)
-    overrides = [*checkpoint_overrides(path, experts), f"precision={precision}", OBJECTIVE]
+    overrides = [*model, f"precision={precision}", OBJECTIVE]
     if overrides[0] == "model=tiny":  # a model of its own sizes: judged at the size most people make
         overrides.append("video=480p")
     config = compose_config(overrides)
@@ -67,20 +78,19 @@ def setup_optimal_parallelism(
     advice = nearest_that_fits(config, devices, profiles) if choice.rejection else ""
     mode = choice.parallelism.mode
     stored = sum(checkpoint.num_bytes for checkpoint in experts)
+    storage = experts[0].storage if experts else None
     return {
         "parallelism_type": mode,
         "gpu_ids": [device.index for device in choice.devices] if on_gpu else [],
         "enable_block_distribution": mode == "block_distribution",
-        "reason": _reason(
-            config, planned, choice, advice, stored=stored, storage=experts[0].storage, on_gpu=on_gpu
-        ),
+        "reason": _reason(config, planned, choice, advice, stored=stored, storage=storage, on_gpu=on_gpu),
         "plan": planned.summary()
         | {
             "advice": advice or None,
             "model": config.model.name,
             "video": f"{config.video.width}x{config.video.height}, {config.video.num_frames} frames",
             "precision": config.precision.name,
-            "checkpoint_gib": stored / GIB,
+            "checkpoint_gib": stored / GIB if experts else None,
             "command": None if choice.rejection else _command(overrides, choice),
         },
     }
@@ -131,16 +141,19 @@ def _reason(
     advice: str,
     *,
     stored: int,
-    storage: str,
+    storage: str | None,
     on_gpu: bool,
 ) -> str:
     """Sentences, one a line: the model, what each layout needs and has, the choice."""
     model, video, precision = config.model, config.video, config.precision
     weights = model.architecture.num_parameters() * model.num_experts
     experts = f"{model.num_experts} experts, together " if model.num_experts > 1 else ""
-    dequantised = f", so {precision.name} is what the GPUs hold" if precision.name != storage else ""
+    on_disk = f"{_gib(stored)} GiB as {storage} on disk, " if storage else ""
+    dequantised = (
+        f", so {precision.name} is what the GPUs hold" if storage not in (None, precision.name) else ""
+    )
     lines = [
-        f"{model.name}: {experts}{weights / 1e9:.3g} B parameters, {_gib(stored)} GiB as {storage} on disk, "
+        f"{model.name}: {experts}{weights / 1e9:.3g} B parameters, {on_disk}"
         f"{_gib(2 * weights)} GiB of weights as {precision.name}{dequantised}.",
         f"At {video.width}x{video.height} and {video.num_frames} frames ({num_tokens(model, video):,} tokens), "
         "GiB on each GPU (weights + activations + CUDA context and workspaces):",

@@ -14,11 +14,18 @@ from wanexp.planning.time import TimePrediction
 
 SHOWN_HYBRIDS = 4
 EQUAL = 0.01  # of what is predicted
+UNKNOWN_RATES = (
+    "no rates are known for these devices: layouts are ranked as on a generic one, and no times predicted; "
+    "scripts/calibrate.py measures the rates"
+)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layout on some of the devices. `rejection` is empty where it can run."""
+    """One layout on some of the devices. `rejection` is empty where it can run.
+
+    host_bytes: what swapped blocks take of the host's memory.
+    """
 
     parallelism: ParallelismConfig
     devices: tuple[Device, ...]
@@ -26,6 +33,7 @@ class Candidate:
     plan: Plan | None = None
     memory: tuple[DeviceMemory, ...] = ()
     time: TimePrediction | None = None
+    host_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -45,8 +53,16 @@ class Candidate:
         return mode == "hybrid" or (mode == "block_distribution" and is_product)
 
     @property
+    def needed_bytes(self) -> int:
+        """Of the fullest GPU; of logical devices all together, as they share the host's memory."""
+        needed = [entry.needed for entry in self.memory]
+        return sum(needed) + self.host_bytes if self.devices[0].type == "cpu" else max(needed)
+
+    @property
     def excess_bytes(self) -> float:
         """What the device that is furthest from fitting lacks; below 0 where it fits, without end without a plan."""
+        if self.devices[0].type == "cpu" and self.memory:
+            return self.needed_bytes - self.devices[0].free_bytes
         pairs = zip(self.devices, self.memory, strict=False)
         return max((entry.needed - device.free_bytes for device, entry in pairs), default=math.inf)
 
@@ -65,6 +81,7 @@ class Candidate:
             "feasible": not self.rejection,
             "rejection": self.rejection or None,
             "batch_size": self.plan.batch_size if self.plan else None,
+            "needed_gib": self.needed_bytes / GIB if self.memory else None,
             "devices": [
                 {"device": device.label, "free_gib": device.free_bytes / GIB, **memory.summary()}
                 for device, memory in zip(self.devices, self.memory, strict=False)
@@ -80,6 +97,7 @@ class Planned:
 
     objective: str
     candidates: tuple[Candidate, ...]
+    asked: Candidate | None = None  # which of them the config asks for
 
     @property
     def winner(self) -> Candidate | None:
@@ -91,6 +109,12 @@ class Planned:
         """Mode none, whether it fits or not: what speed-ups are over."""
         return next((c for c in self.candidates if c.parallelism.mode == "none" and c.time), None)
 
+    @property
+    def note(self) -> str:
+        """What to know of the order where it is not by the rates of these devices; else empty."""
+        is_timed = all(c.time is None or c.time.is_known for c in self.candidates if not c.rejection)
+        return "" if is_timed or self.objective == "memory" else UNKNOWN_RATES
+
     def speedup(self, candidate: Candidate) -> float | None:
         """Steps a second over mode none; for replicas samples a second."""
         base = self.baseline
@@ -99,7 +123,10 @@ class Planned:
         return candidate.samples_per_s / base.samples_per_s
 
     def digest(self) -> tuple[Candidate, ...]:
-        """In their order the best layout of each mode by name, or the one nearest to fitting, and the best hybrids."""
+        """In their order the best layout of each mode by name, or the one nearest to fitting, and the best hybrids.
+
+        And the layout asked for.
+        """
         by_mode: dict[str, list[Candidate]] = {}
         for candidate in self.candidates:
             if not candidate.is_hybrid:
@@ -110,12 +137,29 @@ class Planned:
         ]
         feasible = [candidate for candidate in self.candidates if not candidate.rejection]
         shown += [candidate for candidate in feasible if candidate.is_hybrid][:SHOWN_HYBRIDS]
+        shown += [self.asked] if self.asked else []
         return tuple(candidate for candidate in self.candidates if any(candidate is one for one in shown))
 
     def summary(self) -> dict[str, Any]:
-        rows = [candidate.summary() | {"speedup": self.speedup(candidate)} for candidate in self.candidates]
+        rows = [
+            candidate.summary()
+            | {"speedup": self.speedup(candidate), "is_asked_for": candidate is self.asked}
+            for candidate in self.candidates
+        ]
         winner = self.winner
-        return {"objective": self.objective, "winner": winner.settings if winner else None, "layouts": rows}
+        return {
+            "objective": self.objective,
+            "winner": winner.settings if winner else None,
+            "note": self.note or None,
+            "layouts": rows,
+        }
+
+
+def in_order(candidates: Sequence[Candidate], objective: str) -> tuple[Candidate, ...]:
+    """Those that can run as `ranked`, then the others."""
+    feasible = [candidate for candidate in candidates if not candidate.rejection]
+    rejected = [candidate for candidate in candidates if candidate.rejection]
+    return (*ranked(feasible, objective), *rejected)
 
 
 def ranked(candidates: Sequence[Candidate], objective: str) -> list[Candidate]:
@@ -145,9 +189,8 @@ def _seconds_a_sample(candidate: Candidate) -> float:
     return 1 / candidate.samples_per_s
 
 
-def _fullest(candidate: Candidate) -> float:
-    """Memory of the fullest device."""
-    return max(entry.needed for entry in candidate.memory)
+def _needed(candidate: Candidate) -> float:
+    return candidate.needed_bytes
 
 
 def _simplicity(candidate: Candidate) -> tuple[int, int]:
@@ -160,5 +203,5 @@ def _simplicity(candidate: Candidate) -> tuple[int, int]:
 COSTS: dict[str, Callable[[Candidate], float]] = {
     "latency": _seconds,
     "throughput": _seconds_a_sample,
-    "memory": _fullest,
+    "memory": _needed,
 }

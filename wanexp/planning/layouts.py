@@ -84,7 +84,11 @@ def mode_of(layout: Layout) -> str:
 
 
 def _parallelism(layout: Layout, placement: str = "contiguous") -> ParallelismConfig:
-    parallelism = ParallelismConfig(mode=mode_of(layout), block_placement=placement)
+    return with_degrees(ParallelismConfig(mode=mode_of(layout), block_placement=placement), layout)
+
+
+def with_degrees(parallelism: ParallelismConfig, layout: Layout) -> ParallelismConfig:
+    """`parallelism` with the degrees of `layout`, which has no -1."""
     return dataclasses.replace(parallelism, **layout.degrees())  # type: ignore[arg-type]
 
 
@@ -107,6 +111,8 @@ def layout_name(parallelism: ParallelismConfig, num_gpus: int) -> str:
     elif parallelism.block_placement != "contiguous":
         chunks = f" {parallelism.block_chunks}" if parallelism.block_chunks else ""
         words.append(parallelism.block_placement + chunks)
+    if not parallelism.pipeline and parallelism.blocks != 1:
+        words.append("not pipelined")
     return ", ".join([f"{mode} x {num_gpus}" if num_gpus > 1 else mode, *words])
 
 

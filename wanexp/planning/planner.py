@@ -8,12 +8,12 @@ Only modes that the runner can run are offered.
 import dataclasses
 from collections.abc import Sequence
 
-from wanexp.config import DeviceProfile, HardwareConfig, ParallelismConfig, RunConfig
+from wanexp.config import AUTO_MODE, DeviceProfile, HardwareConfig, ParallelismConfig, RunConfig
 from wanexp.errors import LayoutError, UserError
 from wanexp.hardware.devices import Device
 from wanexp.parallel.layout import split_by_weight
-from wanexp.planning.candidates import Candidate, Planned, ranked
-from wanexp.planning.layouts import layouts
+from wanexp.planning.candidates import Candidate, Planned, in_order
+from wanexp.planning.layouts import layouts, with_degrees
 from wanexp.planning.memory import GIB, DeviceMemory, predict_memory
 from wanexp.planning.plan import Plan, make_plan
 from wanexp.planning.time import fastest_chunks, predict_time, swapped_block_bytes
@@ -58,9 +58,31 @@ def plan_layouts(
         if candidates[0].rejection and (split := fitted_split(candidate)):
             fitted = judged(dataclasses.replace(parallelism, block_split=split))
             candidates += [] if fitted.rejection else [fitted]
-    feasible = [candidate for candidate in candidates if not candidate.rejection]
-    rejected = [candidate for candidate in candidates if candidate.rejection]
-    return Planned(config.objective, (*ranked(feasible, config.objective), *rejected))
+    return Planned(config.objective, in_order(candidates, config.objective))
+
+
+def with_asked(
+    planned: Planned,
+    config: RunConfig,
+    devices: Sequence[Device],
+    profiles: Profiles,
+    *,
+    host_free_bytes: int | None = None,
+) -> Planned:
+    """`planned` with the layout that the config asks for: one of those in it, or one more.
+
+    Mode none is in it anyway, and what a config has that asks for nothing.
+    """
+    if config.parallelism.mode in ("none", AUTO_MODE):
+        return planned
+    asked = judge(config, config.parallelism, devices, profiles, host_free_bytes=host_free_bytes)
+    if asked.plan is not None:
+        same = [candidate for candidate in planned.candidates if candidate.plan == asked.plan]
+        if same:
+            return dataclasses.replace(planned, asked=same[0])
+        written = with_degrees(config.parallelism, asked.plan.layout)
+        asked = dataclasses.replace(asked, parallelism=written)
+    return Planned(planned.objective, in_order([*planned.candidates, asked], planned.objective), asked)
 
 
 def fitted_split(even: Candidate) -> list[int] | None:
@@ -109,8 +131,9 @@ def judge(
     except LayoutError as error:
         return Candidate(parallelism, tuple(devices), rejection=str(error))
     time = predict_time(asked, plan, profiles)
-    rejection = shortage(devices, memory, swapped_host_bytes(asked, plan), host_free_bytes)
-    return Candidate(parallelism, tuple(devices), rejection, plan, memory, time)
+    host_bytes = swapped_host_bytes(asked, plan)
+    rejection = shortage(devices, memory, host_bytes, host_free_bytes)
+    return Candidate(parallelism, tuple(devices), rejection, plan, memory, time, host_bytes)
 
 
 def _with_least_swap(

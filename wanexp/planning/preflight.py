@@ -21,11 +21,15 @@ ProfileOf = Callable[[Device], DeviceProfile | None]
 
 @dataclass(frozen=True)
 class Preflight:
-    """The judged layout of one run. `advice`: the nearest setting that would fit, where it does not."""
+    """The judged layout of one run.
+
+    advice: the nearest setting that would fit, where it does not. note: what to know of how `auto` chose.
+    """
 
     config: RunConfig  # with parallelism=auto replaced by the choice
     candidate: Candidate
     advice: str = ""
+    note: str = ""
 
     @property
     def message(self) -> str:
@@ -83,13 +87,13 @@ def preflight(
 
     Raises LayoutError where the mode does not suit these devices, this model or this batch.
     """
+    profiles, note = [profile_of(device) for device in devices], ""
     if config.parallelism.mode == AUTO_MODE:
-        profiles = [profile_of(device) for device in devices]
-        chosen = choose(plan_layouts(config, devices, profiles, host_free_bytes=host_free_bytes))
+        planned = plan_layouts(config, devices, profiles, host_free_bytes=host_free_bytes)
+        chosen, note = choose(planned), planned.note
         indices = [device.index for device in chosen.devices]
         config = dataclasses.replace(config, parallelism=chosen.parallelism, gpus=indices)
     else:
-        profiles = [profile_of(device) for device in devices]
         chosen = judge(config, config.parallelism, devices, profiles, host_free_bytes=host_free_bytes)
         if chosen.plan is None:
             raise LayoutError(chosen.rejection)
@@ -100,7 +104,7 @@ def preflight(
     advice = ""
     if chosen.rejection and not config.force:
         advice = nearest_that_fits(config, found, [profile_of(device) for device in found])
-    return Preflight(config, chosen, advice)
+    return Preflight(config, chosen, advice, note)
 
 
 def choose(planned: Planned) -> Candidate:

@@ -14,14 +14,16 @@ from wanexp.hardware.devices import Device, find_devices, select_devices
 from wanexp.hardware.profiles import profile_for
 from wanexp.plan_table import print_plan_table
 from wanexp.planning.advice import nearest_that_fits
-from wanexp.planning.planner import cap_memory, plan_layouts, profile_devices
+from wanexp.planning.planner import cap_memory, plan_layouts, profile_devices, with_asked
 
 
 def print_plan(config: RunConfig) -> None:
     """A table, or with plan_json=true a JSON document, on stdout. Raises UserError."""
     devices = devices_to_plan(config)
     profiles = [profile_for(config.hardware, device, conf_dir()) for device in devices]
-    planned = plan_layouts(config, devices, profiles, host_free_bytes=_host_free_bytes(config))
+    host_free = _host_free_bytes(config)
+    planned = plan_layouts(config, devices, profiles, host_free_bytes=host_free)
+    planned = with_asked(planned, config, devices, profiles, host_free_bytes=host_free)
     advice = "" if planned.winner else nearest_that_fits(config, devices, profiles)
     if config.plan_json:
         print(json.dumps(planned.summary() | {"advice": advice or None}, indent=1))

@@ -261,7 +261,7 @@ def _rank_step(config: RunConfig, plan: Plan, rank: RankPlan, rates: Sequence[Ra
     stage_s[0] += outer_seconds(sizes, owned[plan.block_owner[0]])
     seam_s = seam_seconds(sizes, owned) if plan.layout.blocks > 1 else 0.0
     seams_s = seam_s * (len(stages) - 1)
-    if plan.is_pipelined:
+    if plan.is_pipelined and plan.device_type != "cpu":  # logical devices share the cores
         step_s = pipeline_time(stage_s, [stage.position for stage in stages], num_forwards, seam_s)
     else:
         step_s = num_forwards * (sum(stage_s) + seams_s)

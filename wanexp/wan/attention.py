@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wanexp.errors import UserError
-from wanexp.wan.flash_attention import FLASH_KERNELS, CannotRun, flash_attention
+from wanexp.wan.flash_attention import FLASH_KERNELS, CannotRun, flash_attention, refusal
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [batch, tokens, heads, head_dim], k and v [batch, keys, heads, head_dim] -> the shape of q. No mask."""
@@ -32,6 +32,7 @@ SDPA_BACKENDS = {
 }
 KERNELS = (*SDPA_BACKENDS, *FLASH_KERNELS)
 LOSSY_KERNELS = ("fa3_fp8",)
+CPU_KERNELS = ("auto", "sdpa_flash", "sdpa_math")
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 # How PyTorch words that the one permitted backend does not take these inputs on this device.
@@ -113,6 +114,32 @@ def choose_attention(
     return "sdpa_math"
 
 
+def check_attention(
+    name: str,
+    *,
+    device_type: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    compute_capability: tuple[int, int] | None,
+    training: bool,
+) -> None:
+    """Raise CannotRun for a kernel that these facts rule out. Pure; what only trying shows is not seen here."""
+    reason = None
+    if name in FLASH_KERNELS:
+        reason = refusal(
+            name,
+            device_type=device_type,
+            dtype=dtype,
+            head_dim=head_dim,
+            compute_capability=compute_capability,
+            training=training,
+        )
+    elif device_type == "cpu" and name not in CPU_KERNELS:
+        reason = "on cpu: it needs a CUDA device"
+    if reason:
+        raise CannotRun(name, reason)
+
+
 def _check_name(name: str) -> None:
     if name not in KERNELS:
         raise UserError(f"unknown attention kernel {name!r}; write one of: auto, {', '.join(KERNELS)}")
@@ -168,7 +195,7 @@ def _can_run(name: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
     if name == "sdpa_math":
         return True
     if not q.is_cuda:
-        return q.device.type == "cpu" and name == "sdpa_flash" and q.is_floating_point()
+        return q.device.type == "cpu" and name in CPU_KERNELS and q.is_floating_point()
     checks = {
         "sdpa_flash": torch.backends.cuda.can_use_flash_attention,
         "sdpa_cudnn": torch.backends.cuda.can_use_cudnn_attention,

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanexp.wan.attention import attention_function, attention_with_lse, choose_attention, is_lossy
+from wanexp.wan.attention import (
+    attention_function,
+    attention_with_lse,
+    check_attention,
+    choose_attention,
+    is_lossy,
+)
 from wanexp.wan.attention_cache import add_choice, cache_key, default_cache_file, read_choices
 from wanexp.wan.attention_choice import (
     LAST_RESORT,
@@ -26,7 +32,7 @@ from wanexp.wan.attention_choice import (
     candidates,
     decide,
 )
-from wanexp.wan.flash_attention import FLASH_KERNELS, CannotRun, refusal
+from wanexp.wan.flash_attention import CannotRun
 
 NUM_CHECKED_QUERIES = 16
 MAX_REL_L2, MAX_LOSSY_REL_L2 = 0.01, 0.15  # against fp32, on normal random values; bf16 has 0.003, e4m3 0.05
@@ -68,17 +74,14 @@ def probe(
         head_dim=shape.head_dim,
         compute_capability=capability,
     )
-    if unprobed in FLASH_KERNELS:
-        reason = refusal(
-            unprobed,
-            device_type=device.type,
-            dtype=dtype,
-            head_dim=shape.head_dim,
-            compute_capability=capability,
-            training=training,
-        )
-        if reason:
-            raise CannotRun(unprobed, reason)
+    check_attention(
+        unprobed,
+        device_type=device.type,
+        dtype=dtype,
+        head_dim=shape.head_dim,
+        compute_capability=capability,
+        training=training,
+    )
     if device.type != "cuda":
         return Choice(unprobed)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanexp.errors import UserError
+from wanexp.errors import KernelError
 from wanexp.wan.quantize_rows import triton_can_run
 
 FLASH_KERNELS = ("fa3", "fa4", "fa3_fp8")
@@ -32,7 +32,7 @@ SMALLEST = torch.finfo(torch.float32).tiny  # scale: a head of zeros stays one
 TOKENS_AT_ONCE = 64  # of one head, in each program of the quantisation
 
 
-class CannotRun(UserError):
+class CannotRun(KernelError):
     """A kernel that was asked for cannot run. reason: how the sentence "it cannot run" goes on."""
 
     def __init__(self, kernel: str, reason: str) -> None:

@@ -22,7 +22,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from wanexp.errors import UserError
+from wanexp.errors import KernelError, UserError
 from wanexp.wan import quantize_rows as rows
 from wanexp.wan.architecture import NORM_EPS
 from wanexp.wan.quantize_rows import QuantizedInput
@@ -42,8 +42,8 @@ def choose_kernels(
 ) -> str:
     """`triton` or `torch`, as asked; `auto` is triton for inference on GPUs where Triton is installed, else torch.
 
-    Pure but for the look at what is installed. Raises UserError for an unknown name, and for `triton` where it cannot
-    run.
+    Pure but for the look at what is installed. Raises UserError for an unknown name, KernelError for `triton` where
+    it cannot run.
     """
     if requested not in KERNELS:
         raise UserError(f"unknown kernels {requested!r}; write one of: {', '.join(KERNELS)}")
@@ -53,19 +53,17 @@ def choose_kernels(
     if obstacle is None:
         return "triton"
     if requested == "triton":
-        raise UserError(f"kernels=triton cannot be had: {obstacle}; write kernels=auto or kernels=torch")
+        raise KernelError(f"kernels=triton cannot be had: {obstacle}; write kernels=auto or kernels=torch")
     return "torch"
 
 
 def _obstacle(device_type: str, compute_capability: tuple[int, int] | None, training: bool) -> str | None:
     if training:
         return "these kernels have no backward pass, found a training workload"
+    if device_type != "cuda" and not (device_type == "cpu" and _is_interpreted()):
+        return f"they run on CUDA GPUs, found {device_type}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if device_type == "cpu" and _is_interpreted():
-        return None
-    if device_type != "cuda":
-        return f"they run on CUDA GPUs, found {device_type}"
     if compute_capability is not None and compute_capability < MIN_COMPUTE_CAPABILITY:
         found, wanted = (".".join(map(str, pair)) for pair in (compute_capability, MIN_COMPUTE_CAPABILITY))
         return f"they need compute capability {wanted}, found {found}"
