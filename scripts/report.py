@@ -9,9 +9,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an
 try:
     from wanexp.report.command import main
 except ModuleNotFoundError as error:
-    sys.exit(
-        f"error: {error.name} is not installed for {sys.executable}; activate wanexp's environment first"
+    print(
+        f"error: {error.name} is not installed for {sys.executable}; activate wanexp's environment first",
+        file=sys.stderr,
     )
+    sys.exit(2)  # 1 says that a cell got worse
 
 if __name__ == "__main__":
     sys.exit(main())
