@@ -84,14 +84,16 @@ def test_the_tables_mark_what_is_not_credible_and_have_no_exponents() -> None:
         record.samples["step_ms"] = steps
         record.metrics["load/read_gib"] = 0.0
     page = page_of(records)
-    assert "(not credible)" in page and "An efficiency above 110 % is noise" in page
+    assert "(not credible)" in page and "An efficiency above 110% is noise" in page
     assert not re.search(r"\de[+-]\d", page)
     assert "| made in 5.30 s |" in page and "load, s" not in page
     assert figures_speed.scaling(cells_of(records), "latency") is None, "noise alone makes no figure"
     records.append(record_of("tensor_parallel", 2))
     records[0].samples["step_ms"] = [600.0] * 4
     records[3].samples["step_ms"] = [90.0, 18263.0, 90.0, 18263.0]
-    assert "left out as too noisy: 1 cell" in texts_of(figures_speed.scaling(cells_of(records), "latency"))
+    text = texts_of(figures_speed.scaling(cells_of(records), "latency"))
+    assert "left out as too noisy: 1 cell; above 110% not credible" in text
+    assert "credible" not in page_of([record_of("none", 1), record_of("cfg_parallel", 2)])
     records[0].metrics["load/read_gib"] = 26.6
     assert "| loaded in 5.30 s |" in page_of(records)
 

@@ -51,6 +51,8 @@ def scaling(cells: Sequence[Cell], kind: str, wanted: str | None = None) -> Draw
     title, label = WORDS[kind]
     noisy = len(judged) - len(beside)
     remark = f"; left out as too noisy: {plural(noisy, 'cell')}" if noisy else ""
+    if not all(found.is_credible for found in beside):
+        remark += f"; above {answers.CREDIBLE_EFFICIENCY:.0%} not credible"
     figure, (left, right) = sheet(
         title, f"{subtitle_of([*own, base])}\nbaseline: {base.label}{remark}", height=3.3, columns=2
     )

@@ -13,7 +13,7 @@ from wanexp.tracking.describe import number, plural
 INTERVAL_NOTE = (
     "Intervals are 95 % bootstrap intervals of the median: over the medians of the runs where a cell has three or "
     "more, else over its steps, which know nothing of the drift between runs. Verdicts hold at 95 % for all of them "
-    "together. An efficiency above 110 % is noise, or its base did other work."
+    "together."
 )
 
 
@@ -25,7 +25,11 @@ def cell_tables(cells: Sequence[Cell], baseline: str | None = None) -> list[Bloc
     bases += [cell for cell in timed if answers.baseline_of(cell, timed, baseline) is cell]
     based = {*verdicts, *map(id, bases)}
     alone = [cell for cell in timed if id(cell) not in based]
-    blocks: list[Block] = [Text(" ".join(_remarks(bases, alone, baseline)))] if timed else []
+    remarks = [*_remarks(bases, alone, baseline)]
+    if not all(found.is_credible for found in verdicts.values()):
+        limit = f"{answers.CREDIBLE_EFFICIENCY:.0%}"
+        remarks.append(f"An efficiency above {limit} is noise, or its base did other work.")
+    blocks: list[Block] = [Text(" ".join(remarks))] if timed else []
     for kind, title in ((LATENCY, "Latency modes"), (THROUGHPUT, "Throughput modes")):
         own = [cell for cell in cells if cell.kind == kind and cell.runs and cell.outcome != "skipped"]
         if own:
