@@ -94,6 +94,8 @@ def test_the_tables_mark_what_is_not_credible_and_have_no_exponents() -> None:
     text = texts_of(figures_speed.scaling(cells_of(records), "latency"))
     assert "left out as too noisy: 1 cell; above 110% not credible" in text
     assert "credible" not in page_of([record_of("none", 1), record_of("cfg_parallel", 2)])
+    html = to_html("s", compose(Sweep("s", cells_of(records))).blocks)
+    assert "<td class=n>1 run x 4</td>" in html, "not wrapped"
     records[0].metrics["load/read_gib"] = 26.6
     assert "| loaded in 5.30 s |" in page_of(records)
 
