@@ -12,13 +12,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = str(ROOT / ".venv" / "bin" / "python")
-NEEDED = ("hydra", "torch", "mlflow")
 
 
-def use_own_python() -> None:
-    """Return where the running Python has what wanexp needs; else start the script again in .venv, or end."""
+def use_own_python(*packages: str) -> None:
+    """Return where the running Python has hydra, torch and `packages`; else start the script again in .venv, or end."""
     sys.path.insert(0, str(ROOT))  # works without an installation, too
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("hydra", "torch", *packages) if importlib.util.find_spec(name) is None]
     if not missing:
         return
     if os.access(PYTHON, os.X_OK) and sys.executable != PYTHON:
@@ -32,6 +31,6 @@ def use_own_python() -> None:
 
 
 if __name__ == "__main__":
-    use_own_python()
+    use_own_python("mlflow")
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

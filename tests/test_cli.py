@@ -90,9 +90,10 @@ def test_exit_codes_follow_the_outcome(cli, runner, outcome, code):
     assert cli()[0] == code
 
 
-def test_a_user_error_of_the_run_is_one_line(cli, runner):
+def test_a_user_error_of_the_run_is_one_line(cli, runner, tmp_path):
     runner.ending = LayoutError("mode none uses one device")
     assert cli("gpus=[0,1]") == (2, "", "error: mode none uses one device\n")
+    assert list((tmp_path / "multirun" / "runs").iterdir()) == [], "leaves no folder behind"
 
 
 def test_ctrl_c_outside_of_a_run(cli, runner):
@@ -166,6 +167,10 @@ ERRORS = [
     (["-m", "sed=1,2"], "sed does not exist (did you mean seed?)"),
     (["-m", "seed=-1,-2"], "seed is -1; write 0 or more (other cells: other errors)"),
     (["-m", "video.num_frames=10", "seed=1,2"], "video.num_frames is 10"),
+    (["-m", "gpus=[9]", "hardware=cpu", "seed=1,2"], "there is no device 9"),
+    (["+sweep=modes", "hardware=cpu", "checkpoint=/nope"], "no checkpoint at /nope"),
+    (["+sweep=modes", "hardware=cpu", "gpus=[0]", "checkpoint=/nope"], "no checkpoint at /nope"),
+    (["+sweep=modes", "task=plan"], "prints one plan and runs nothing; leave out -m and +sweep"),
     (["-m", "seed=1,2", "sweep_name=runs"], "sweep_name is 'runs', the folder of single runs"),
 ]
 

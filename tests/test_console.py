@@ -196,6 +196,13 @@ def test_end_table(width):
     assert "Hint" not in text
 
 
+def test_random_weights_are_made_not_loaded():
+    screen = Screen()
+    screen.console.end_table(record(outcome="finished", metrics=METRICS | {"load/read_gib": 0.0}))
+    assert "Loading       weights made in 12.3 s" in screen.text()
+    assert "GiB/s" not in screen.text()
+
+
 def test_end_table_shows_only_what_there_is():
     screen = Screen()
     screen.console.end_table(record(outcome="skipped", message="mode none uses one device"))
@@ -320,6 +327,20 @@ def test_sweep_table(width):
     assert ["data_parallel", "1", "finished", "8.20", "1,421.2"] in rows
     assert "none, 2 devices: skipped: mode none uses one device" in screen.text()
     assert "video=480p" not in screen.text()  # the same in all cells
+
+
+def test_sweep_table_breaks_no_name_of_a_mode():
+    screen = Screen(80)
+    name = "block_distribution_interleaved"
+    metrics = METRICS | {"parity/bit_equal": 1.0}
+    cell = record(
+        overrides=[f"parallelism={name}"],
+        effective={"mode": "block_distribution"},
+        outcome="finished",
+        metrics=metrics,
+    )
+    screen.console.sweep_table([cell])
+    assert name in [row[0] for row in screen.rows() if row]
 
 
 def test_sweep_table_names_what_differs():

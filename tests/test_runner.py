@@ -180,9 +180,7 @@ def test_a_checkpoint_of_another_model_is_a_user_error_before_any_launch(execute
     write_checkpoint(weights, tmp_path / "checkpoint")
     with pytest.raises(UserError, match="4"):
         execute(f"checkpoint={tmp_path / 'checkpoint'}")
-    record = read_record(tmp_path / "run")
-    assert record.outcome == "failed" and record.message and record.ended
-    assert not (tmp_path / "run" / "ranks").exists()
+    assert list((tmp_path / "run").iterdir()) == [], "bad input is no run"
 
 
 def test_profile_leaves_a_trace_and_a_table(execute, tmp_path):
@@ -295,7 +293,6 @@ def test_a_run_that_fails_halfway_keeps_its_samples(execute, monkeypatch):
 
 
 SENSELESS = [
-    (("gpus=[0,1]",), "mode none uses one device"),
     (("parallelism=block_distribution", "gpus=[0,1,2,3,4]"), "5 GPUs for 4 transformer blocks"),
     (("parallelism=data_parallel", "gpus=[0,1]", "workload.batch_size=1"), "smaller than the 2 replicas"),
     (("parallelism=data_parallel", "gpus=[0,1]", "workload=train"), "write parallelism=distributed"),
@@ -309,9 +306,19 @@ def test_a_senseless_layout_is_skipped_in_a_sweep_and_an_error_alone(execute, tm
     record = execute(*overrides, sweep=SweepCell("a_sweep", 0, 2))
     assert record.outcome == "skipped" and words in record.message
     assert record.sweep_id == "a_sweep" and record.exit_code() == 0
+    (tmp_path / "run" / "record.json").unlink()
     with pytest.raises(UserError, match=words):
         execute(*overrides)
-    assert read_record(tmp_path / "run").outcome == "failed"
+    assert not (tmp_path / "run" / "record.json").exists()
+
+
+def test_mode_none_takes_the_first_of_several_gpus_in_a_sweep_and_refuses_them_alone(execute):
+    record = execute("gpus=[1,0]", sweep=SweepCell("a_sweep", 0, 2))
+    assert record.outcome == "finished" and record.requested["gpus"] == [1, 0]
+    assert [device["label"] for device in record.effective["devices"]] == ["cpu1"]
+    assert record.message == "gpus names 2 devices; mode none uses the first of them"
+    with pytest.raises(UserError, match="mode none uses one device, gpus names 2"):
+        execute("gpus=[1,0]")
 
 
 def test_a_kernel_that_the_device_lacks_is_skipped_in_a_sweep_and_fails_alone(execute, monkeypatch, tmp_path):
@@ -321,7 +328,7 @@ def test_a_kernel_that_the_device_lacks_is_skipped_in_a_sweep_and_fails_alone(ex
     assert "fa3 cannot run here" in record.message
     with pytest.raises(UserError, match="fa3 cannot run here"):
         execute("verify=never")
-    record = read_record(tmp_path / "run")
+    record = read_record(tmp_path / "run")  # what shows once ranks have begun is kept
     assert record.outcome == "failed" and record.error["type"] == NO_KERNEL == CannotRun.__name__
 
 
@@ -347,10 +354,9 @@ def test_a_kernel_that_is_not_for_these_devices_is_refused_before_any_launch(
     ("gpus", "words"),
     [("[0,8]", "there is no device 8; found: 8 logical CPU devices, 0 to 7"), ("[9,10]", "no device 9, 10")],
 )
-def test_a_device_that_is_not_there(execute, tmp_path, gpus, words):
+def test_a_device_that_is_not_there(execute, gpus, words):
     with pytest.raises(UserError, match=words):
         execute("parallelism=data_parallel", f"gpus={gpus}")
-    assert words in read_record(tmp_path / "run").message
     record = execute("parallelism=data_parallel", f"gpus={gpus}", sweep=SweepCell("a_sweep", 0, 2))
     assert record.outcome == "failed", "a mistake, not a cell that makes no sense"
 

@@ -136,30 +136,28 @@ def _run_hydra() -> tuple[int, Exception | None]:
 def _execute(config: DictConfig, sweep: SweepCell | None) -> Record | None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
+    record = None
     try:
         run_config = to_run_config(config)
-    except UserError:
-        if sweep is None:
+        if sweep is None and (run_config.resume or run_config.repeats > 1):
+            raise UserError("resume and repeats are of a sweep; add -m, or leave them out")
+        if run_config.task == "plan":
+            from wanexp.planning.task import print_plan  # rich is slow to import
+
+            print_plan(run_config)
+        else:
+            from wanexp.runner import run  # torch and rich are slow to import
+
+            overrides = list(hydra_config.overrides.task)
+            record = run(run_config, folder=folder, overrides=overrides, sweep=sweep)
+        return record
+    finally:
+        if sweep is None and record is None:
             _discard_empty_run(folder, hydra_config.output_subdir)
-        raise
-    if sweep is None and (run_config.resume or run_config.repeats > 1):
-        _discard_empty_run(folder, hydra_config.output_subdir)
-        raise UserError("resume and repeats are of a sweep; add -m, or leave them out")
-    if run_config.task == "plan":
-        if sweep is not None:
-            raise UserError("task=plan prints one plan and runs nothing; write it without -m")
-        _discard_empty_run(folder, hydra_config.output_subdir)
-        from wanexp.planning.task import print_plan  # rich is slow to import
-
-        print_plan(run_config)
-        return None
-    from wanexp.runner import run  # torch and rich are slow to import
-
-    return run(run_config, folder=folder, overrides=list(hydra_config.overrides.task), sweep=sweep)
 
 
 def _discard_empty_run(folder: Path, output_subdir: str | None) -> None:
-    """Remove the folder that Hydra made for a config that turned out invalid, if it holds nothing else."""
+    """Remove the folder that Hydra made for what came to no run, if it holds nothing else: no log, no record."""
     if [path.name for path in folder.iterdir()] in ([], [output_subdir]):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -258,8 +258,10 @@ def _cell_folder(number: int, mode: str, chosen: str, gpus: Sequence[int] | None
 
     chosen: the file of conf/parallelism; it may be a variant of the mode, context_parallel_ring.
     """
-    if gpus is None:
-        count = "1gpu" if mode == "none" else "all_gpus"
+    if mode == "none":
+        count = "1gpu"
+    elif gpus is None:
+        count = "all_gpus"
     else:
         count = "1gpu" if len(gpus) == 1 else f"{len(gpus)}gpus"
     return f"{int(number):03d}_{chosen if chosen.startswith(mode) else mode}_{count}"

@@ -120,14 +120,15 @@ class Console:
         columns = {
             name: _aligned([record.metrics.get(metric) for record in records], decimals)
             for name, metric, decimals in (
-                ("step ms", "latency/step_ms", None),
-                ("videos/h", "throughput/videos_per_hour", None),
-                ("peak GiB", "memory/peak_allocated_gib", 2),
+                ("step\nms", "latency/step_ms", None),
+                ("videos\n/h", "throughput/videos_per_hour", None),
+                ("peak\nGiB", "memory/peak_allocated_gib", 2),
             )
         }
         columns["parity"] = [_parity(record.metrics) or "" for record in records]
         on_gpus = any(record.effective.get("device_type") == "cuda" for record in records)
         table = plain_table()
+        table.padding = 0  # 80 columns hold the longest name of a mode in one piece
         table.add_column("run", overflow="fold", min_width=18)
         table.add_column("GPUs" if on_gpus else "devices", justify="right")
         table.add_column("outcome", no_wrap=True)
@@ -140,7 +141,7 @@ class Console:
             table.add_row(labels[index], str(counts[index] or ""), outcome, *cells)
         self.rich.print()
         self.rich.print(table)
-        if "peak GiB" in shown:
+        if "peak\nGiB" in shown:
             self.rich.print("peak GiB: allocated on the fullest device")
         for label, count, record in zip(labels, counts, records, strict=True):
             if record.outcome != "finished" and record.message:
@@ -282,7 +283,7 @@ def _result_rows(record: Record) -> dict[str, str]:
         ("throughput/tokens_per_second", "tokens/s"),
     )
     rows["Kernels"] = _kernels(record.effective) if rows["Throughput"] else None
-    rows["Loading"] = _joined(metrics, ("load/seconds", "s"), ("load/gib_per_second", "GiB/s"))
+    rows["Loading"] = describe.loading(metrics)
     rows["Energy"] = _joined(metrics, ("energy/joules_per_step", "J/step"))
     if (mfu := metrics.get("mfu")) is not None:
         rows["MFU"] = f"{100 * mfu:.1f} % of the dense peak"
@@ -307,7 +308,7 @@ def _result_rows(record: Record) -> dict[str, str]:
         if name.startswith("communication/") and name.endswith("_gib_per_forward") and value
     }
     if sent:
-        amounts = ", ".join(f"{axis} {_number(value * 1024)} MiB" for axis, value in sent.items())
+        amounts = ", ".join(f"{axis} {describe.number(value * 1024)} MiB" for axis, value in sent.items())
         by = ", by copy engines" if record.effective.get("transport") == "copies" else ""
         rows["Exchanged"] = f"{amounts} between devices a forward{by}"
     rows["Swapped"] = _joined(
@@ -390,7 +391,10 @@ def _guidance(config: RunConfig) -> str:
 
 def _joined(metrics: Mapping[str, float], *parts: tuple[str, str]) -> str | None:
     """Those of the metrics that exist, each with its unit."""
-    return ", ".join(f"{_number(metrics[name])} {unit}" for name, unit in parts if name in metrics) or None
+    return (
+        ", ".join(f"{describe.number(metrics[name])} {unit}" for name, unit in parts if name in metrics)
+        or None
+    )
 
 
 def facts() -> Table:
@@ -408,14 +412,6 @@ def plain_table() -> Table:
 
 def _style(outcome: str) -> str:
     return STYLES.get(outcome, "red")
-
-
-def _number(value: float) -> str:
-    """Three significant digits or all digits before the point, with thousands separated."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{decimals}f}" if decimals < 6 else f"{value:.2e}"
 
 
 def _aligned(values: Sequence[float | None], decimals: int | None = None) -> list[str]:

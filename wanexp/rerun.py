@@ -21,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         old = read_record(options.record)
         config = run_config_from_dict(old.requested)
+        if old.sweep_id and config.gpus and config.parallelism.mode == "none":
+            config.gpus = config.gpus[:1]  # as the sweep ran it
         from wanexp.runner import run  # late: it brings torch
 
         new = run(config, folder=options.folder or new_folder(config), overrides=old.overrides)

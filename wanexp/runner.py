@@ -48,9 +48,9 @@ def run(
 ) -> Record:
     """Execute one run and leave its record in `folder`.
 
-    What happens to the run is the record's outcome. Bad input raises UserError once its record is written; in a sweep
-    it is the cell's outcome instead: `skipped` for a layout that makes no sense, or a kernel that the device lacks,
-    else `failed`.
+    What happens to the run is the record's outcome. Bad input raises UserError: it is no run and leaves no record,
+    unless it showed only once ranks had begun. In a sweep it is the cell's outcome instead: `skipped` for a layout that
+    makes no sense, or a kernel that the device lacks, else `failed`.
     """
     record = Record(
         run_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}",
@@ -69,7 +69,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     console = Console()
     try:
-        prepared = prepare(config)
+        prepared = prepare(config, in_sweep=sweep is not None)
         config = prepared.preflight.config  # parallelism=auto is settled
         if prepared.preflight.note:
             record.warnings.append(f"parallelism=auto: {prepared.preflight.note}")
@@ -81,7 +81,11 @@ def run(
             record.outcome, record.message = "infeasible", prepared.preflight.message
         else:
             execute(config, prepared, record, folder, console)
+            if record.outcome == "finished":
+                record.message = prepared.remark
     except UserError as error:
+        if not sweep and not record.effective:
+            raise
         lacks_kernel = record.error is not None and record.error.get("type") == NO_KERNEL
         is_no_fault = isinstance(error, LayoutError | KernelError) or lacks_kernel
         record.outcome = "skipped" if sweep and is_no_fault else "failed"
@@ -122,13 +126,17 @@ class Prepared:
     preflight: Preflight
     peak_tflops: float | None  # dense peak of one device in the run's precision
     notes: list[str]
+    remark: str = ""  # how less ran than was asked for
     machines: "Machines | None" = None  # under an outer torchrun
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, *, in_sweep: bool) -> Prepared:
     """Devices, plan and checks that need no worker. Raises UserError."""
     found = cap_memory(find_devices(config.hardware), config.hardware)
-    devices = select_devices(found, config.gpus, config.parallelism.mode)
+    devices = select_devices(found, config.gpus, config.parallelism.mode, in_sweep=in_sweep)
+    remark = ""
+    if config.gpus is not None and len(devices) < len(config.gpus):
+        remark = f"gpus names {len(config.gpus)} devices; mode none uses the first of them"
     machines = None
     if outer_rank() is not None:
         from wanexp.outer_torchrun import arrive  # imports torch, so late
@@ -154,7 +162,7 @@ def prepare(config: RunConfig) -> Prepared:
 
         check_kernels(config, devices)
     profile = profile_for(config.hardware, devices[0], conf_dir())
-    notes = []
+    notes = [remark] if remark else []
     if config.hardware.device and profile and profile.name != config.hardware.device.name:
         notes.append(
             f"hardware={config.hardware.name} describes {config.hardware.device.name}; "
@@ -165,7 +173,7 @@ def prepare(config: RunConfig) -> Prepared:
 
         open_weights(config.checkpoint, config.model.architecture, num_experts=config.model.num_experts)
     half = config.precision.dtype in ("bfloat16", "float16")
-    return Prepared(plan, checked, profile.bf16_tflops if profile and half else None, notes, machines)
+    return Prepared(plan, checked, profile.bf16_tflops if profile and half else None, notes, remark, machines)
 
 
 def execute(config: RunConfig, prepared: Prepared, record: Record, folder: Path, console: Console) -> None:

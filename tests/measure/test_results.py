@@ -83,7 +83,12 @@ def test_all_metrics(config, plan):
         bytes_per_forward={"cfg": GIB / 2},
         links=[{"axis": "cfg", "gb_s": 12.0}],
     )
-    metrics = run_metrics(config, plan, {0: first, 1: slow}, peak_tflops=1.0)
+    metrics = run_metrics(config, plan, {1: slow, 0: first}, peak_tflops=1.0)
+    order = [name for name in metrics if name.endswith(("peak_rss_gib", "/read_gib"))]
+    assert order == [
+        "memory/rank0/peak_rss_gib", "memory/rank1/peak_rss_gib", "load/rank0/read_gib", "load/rank1/read_gib",
+        "load/read_gib",
+    ], "by rank, in whatever order they came"  # fmt: skip
     expected = {
         "latency/step_ms": 3000.0,  # the slower rank's: 2 and 4
         "latency/forward_ms": 1250.0,  # median of 0.5, 0.5, 2, 2

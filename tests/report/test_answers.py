@@ -53,11 +53,12 @@ def test_throughput_modes_are_compared_by_sample() -> None:
     cells = cells_of(scaling_sweep(3))
     base, cell = named(cells, "none, 1 GPU"), named(cells, "data_parallel, 4 GPUs")
     assert answers.gain(base, cell) == pytest.approx(4, rel=0.03)
-    assert answers.efficiency(base, cell) == pytest.approx(1, rel=0.03)
-    assert answers.verdicts(cells)[cells.index(cell)].verdict == "faster"
+    found = answers.verdicts(cells)
+    assert found[id(cell)].efficiency == pytest.approx(1, rel=0.03)
+    assert found[id(cell)].comparison.verdict == "faster"
     blocks = named(cells, "block_distribution, 2 GPUs")
-    assert answers.verdicts(cells)[cells.index(blocks)].verdict in ("same", "unclear")
-    assert cells.index(base) not in answers.verdicts(cells)
+    assert found[id(blocks)].comparison.verdict in ("same", "unclear")
+    assert id(base) not in found
 
 
 def test_the_baseline_is_the_smallest_that_fits() -> None:
@@ -65,6 +66,58 @@ def test_the_baseline_is_the_smallest_that_fits() -> None:
     cells = cells_of(records)
     base = answers.baseline_of(cells[1], cells)
     assert base is not None and base.label == "tensor_parallel, 2 GPUs"
+
+
+def test_a_latency_mode_is_never_compared_with_a_step_of_replicas() -> None:
+    """Without mode none nothing is left that a step on all GPUs could be held against."""
+    records = [record_of(mode, 2) for mode in ("data_parallel", "fsdp", "block_distribution", "cfg_parallel")]
+    cells = cells_of(records)
+    assert answers.verdicts(cells) == {}
+    fastest = dict(answers.answers(cells))["Fastest"]
+    assert fastest.startswith("cfg_parallel, 2 GPUs") and "data_parallel" not in fastest
+    assert "(no speed-up: mode none did not finish)" in fastest
+    latency = named(cells, "cfg_parallel, 2 GPUs")
+    assert answers.baseline_of(latency, cells, "data_parallel") is None
+    said = dict(answers.answers(cells, "data_parallel"))["Fastest"]
+    assert "no speed-up: data_parallel did not finish, or makes several samples a step" in said
+    chosen = answers.baseline_of(latency, cells, "block_distribution")
+    assert chosen is named(cells, "block_distribution, 2 GPUs")
+
+
+def with_steps(*cells: tuple[str, int, list[float]]) -> dict[str, str]:
+    """The answers on cells of these mode, number of GPUs and steps."""
+    records = []
+    for mode, num_gpus, steps in cells:
+        records.append(record_of(mode, num_gpus))
+        records[-1].samples["step_ms"] = steps
+    return dict(answers.answers(cells_of(records)))
+
+
+def test_two_steps_have_a_ratio_that_says_so() -> None:
+    fastest = with_steps(("none", 1, [188.0, 188.0]), ("cfg_parallel", 2, [100.0, 100.0]))["Fastest"]
+    assert "1.88x none, 1 GPU (2 steps each)" in fastest
+    fastest = with_steps(("none", 1, [188.0] * 5), ("cfg_parallel", 2, [100.0, 100.0]))["Fastest"]
+    assert "1.88x none, 1 GPU (2 and 5 steps)" in fastest
+    fastest = with_steps(("none", 1, [188.0] * 5), ("cfg_parallel", 2, [100.0] * 5))["Fastest"]
+    assert fastest.endswith("1.88x none, 1 GPU")
+
+
+def test_the_headline_has_no_ratio_that_noise_made() -> None:
+    noisy, steady = [100.0, 7000.0, 200.0, 9000.0], [173.0, 174.0, 172.0, 173.0]
+    found = with_steps(("none", 1, noisy), ("cfg_parallel", 2, steady))
+    assert (
+        "no ratio to none, 1 GPU: noise allows anything" in found["Fastest"]
+        and "x none" not in found["Fastest"]
+    )
+    assert "no ratio to none" in found["Best throughput"]
+
+
+def test_more_than_the_ideal_is_not_believed() -> None:
+    fastest = with_steps(("none", 1, [1000.0] * 5), ("cfg_parallel", 2, [300.0] * 5))["Fastest"]
+    assert "3.33x none, 1 GPU (not credible: efficiency 167%)" in fastest
+    assert (
+        "credible" not in with_steps(("none", 1, [1000.0] * 5), ("cfg_parallel", 2, [490.0] * 5))["Fastest"]
+    )
 
 
 def test_the_baseline_has_the_same_options() -> None:

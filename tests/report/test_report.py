@@ -72,6 +72,44 @@ def test_a_sweep_over_gpus_has_every_figure(every_figure: list[Drawn]) -> None:
         assert drawn.alt and drawn.title
 
 
+def page_of(records: list[Record]) -> str:
+    return to_markdown(compose(Sweep("s", cells_of(records))).blocks)
+
+
+def test_the_tables_mark_what_is_not_credible_and_have_no_exponents() -> None:
+    records = [record_of("none", 1), record_of("cfg_parallel", 2), record_of("context_parallel", 2)]
+    for record, steps in zip(
+        records, ([18263.0, 90.0, 18263.0, 90.0], [173.0] * 4, [500.0] * 4), strict=True
+    ):
+        record.samples["step_ms"] = steps
+        record.metrics["load/read_gib"] = 0.0
+    page = page_of(records)
+    assert "(not credible)" in page and "An efficiency above 110% is noise" in page
+    assert not re.search(r"\de[+-]\d", page)
+    assert "| made in 5.30 s |" in page and "load, s" not in page
+    assert figures_speed.scaling(cells_of(records), "latency") is None, "noise alone makes no figure"
+    records.append(record_of("tensor_parallel", 2))
+    records[0].samples["step_ms"] = [600.0] * 4
+    records[3].samples["step_ms"] = [90.0, 18263.0, 90.0, 18263.0]
+    text = texts_of(figures_speed.scaling(cells_of(records), "latency"))
+    assert "left out as too noisy: 1 cell; above 110% not credible" in text
+    assert "credible" not in page_of([record_of("none", 1), record_of("cfg_parallel", 2)])
+    html = to_html("s", compose(Sweep("s", cells_of(records))).blocks)
+    assert "<td class=n>1 run x 4</td>" in html, "not wrapped"
+    records[0].metrics["load/read_gib"] = 26.6
+    assert "| loaded in 5.30 s |" in page_of(records)
+
+
+def test_the_page_says_which_baseline_is_missing() -> None:
+    modes = [("data_parallel", 2), ("block_distribution", 2), ("cfg_parallel", 2), ("block_distribution", 4)]
+    page = page_of([record_of(mode, count) for mode, count in modes])
+    assert "Latency modes without a speed-up have no baseline: mode none did not finish." in page
+    (row,) = [line for line in page.splitlines() if line.startswith("| block_distribution, 2 GPUs | fin")]
+    assert "baseline" in row, "of the one on four GPUs"
+    (row,) = [line for line in page.splitlines() if line.startswith("| cfg_parallel, 2 GPUs | fin")]
+    assert "x |" not in row and "baseline" not in row
+
+
 def test_figures_are_the_same_twice() -> None:
     first, second = (figures_speed.times(cells_of(small_sweep()), "latency") for _ in range(2))
     assert first is not None and first == second
@@ -190,6 +228,12 @@ def test_cells_that_never_ran_are_repeated_by_their_overrides(tmp_path: Path) ->
     assert line in (folder / "report.md").read_text()
 
 
+def test_mode_none_is_repeated_on_the_one_gpu_that_it_ran_on() -> None:
+    record = record_of("none", 1, gpus=[1, 0])
+    record.overrides = ["parallelism=none", "gpus=[1,0]"]
+    assert "python -m wanexp parallelism=none 'gpus=[1]'  #" in page_of([record])
+
+
 def test_the_command_of_one_cell_has_nothing_of_the_sweep_but_its_file() -> None:
     """What a sweep alone may ask for ends a single run; the file of a sweep may choose the model (mlperf)."""
     grid = ["sweep_name=x", "gpus=[0]", "repeats=3", "resume=true", "hydra.sweeper.max_batch_size=4"]
@@ -261,6 +305,23 @@ def test_user_errors_are_one_line(
     assert command.main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and re.search(said, line)
+
+
+def test_what_is_no_finding_does_not_end_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 says that a cell got worse."""
+    folder = write_sweep(tmp_path / "s", [record_of("none", 1)])
+    for error in (OSError("no space left"), ImportError("no mlflow"), RuntimeError("ours")):
+
+        def fails(*_: object, error: Exception = error) -> list[Path]:
+            raise error
+
+        monkeypatch.setattr(command, "write_report", fails)
+        assert command.main([str(folder)]) == 2
+    without = "import sys; sys.modules['matplotlib'] = None; import runpy; runpy.run_path(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", without, SCRIPT], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: matplotlib")
 
 
 def test_the_script_runs_from_any_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from tests.conftest import compose_run, cpu_devices
 from wanexp import config as config_module
 from wanexp.config import to_dict
+from wanexp.errors import UserError
 from wanexp.hardware.devices import Device
 from wanexp.sweep import fingerprint
 from wanexp.sweep.forecast import Forecast, Forecaster, is_bigger, too_big
@@ -83,9 +84,12 @@ def test_a_forecast_is_of_the_planner():
     assert 0 < small.cost < large.cost and 0 < small.fullest < large.fullest
     two = forecast(compose_run("parallelism=data_parallel", "gpus=[0,1]"))
     assert len(two.devices) == len(two.needed) == 2 and two.cost > small.cost
-    for illegal in (("gpus=[0,1]",), ("gpus=[99]",)):
-        nothing = forecast(compose_run(*illegal))
-        assert (nothing.cost, nothing.needed) == (0.0, ())
+    first = forecast(compose_run("gpus=[1,0]"))
+    assert [device.index for device in first.devices] == [1], "mode none takes the first of several"
+    nothing = forecast(compose_run("parallelism=cfg_parallel", "gpus=[0]"))
+    assert (nothing.cost, nothing.needed, nothing.plan) == (0.0, (), None)
+    with pytest.raises(UserError, match="no device 99"):
+        forecast(compose_run("gpus=[0,99]"))
 
 
 def gpu_forecast(
@@ -134,6 +138,15 @@ def test_order(tmp_path, order, expected):
     assert [run.repeat for run in runs] == [1] * 4 + [2] * 3, "what cannot run says so once"
     assert len({run.folder for run in runs}) == 7
     assert runs[4].folder.name == f"{runs[4].index}_repeat2"
+
+
+def test_a_cell_that_comes_to_the_same_as_an_earlier_one_is_not_run(tmp_path):
+    made = cells(tmp_path, *(gpu_forecast(9) for _ in range(4)))
+    for cell, work in zip(made, ("a", "b", "a", ""), strict=True):
+        cell.work = work
+    runs = schedule(made, order="given", repeats=2)
+    assert [run.skip for run in made] == ["", "", "same layout as 0", ""]
+    assert [run.index for run in runs] == [0, 1, 2, 3, 0, 1, 3], "and says so once"
 
 
 def test_the_orders_are_those_of_the_config():

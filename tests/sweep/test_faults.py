@@ -263,8 +263,10 @@ def test_a_half_written_checkpoint(sweep, tmp_path, run_config):
     write_checkpoint(RandomWeights(architecture), path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    command = (*ONE, f"checkpoint={path}", "seed=1,2")
+    assert sweep(*ONE, f"checkpoint={path}", "seed=1,2") == 2
+    assert not sweep.folder.exists(), "nothing that could run, no sweep"
+    command = (*ONE, f"checkpoint=null,{path}")
     assert sweep(*command) == 1
-    assert sweep.outcomes() == ["failed", "failed"]
+    assert sweep.outcomes() == ["finished", "failed"]
     path.write_bytes(whole)
-    sweep.resumes_whole(*command, redone=2)
+    sweep.resumes_whole(*command, redone=1)

@@ -79,24 +79,24 @@ def sweep_file(path):
     return json.loads((path / "sweep.json").read_text())
 
 
-GRID = ["-m", "parallelism=none,data_parallel", "gpus=[0],[0,1]", "sweep_order=given", "hardware=cpu"]
+GRID = ["-m", "parallelism=data_parallel,distributed", "gpus=[0],[0,1]", "sweep_order=given", "hardware=cpu"]
 
 
 def test_a_grid_runs_in_order_in_named_folders(sweep, fakes, tmp_path):
     assert sweep(*GRID, "sweep_name=grid") == 0
     folder = tmp_path / "multirun" / "grid"
     assert folders(folder) == [
-        "000_none_1gpu",
-        "001_none_2gpus",
-        "002_data_parallel_1gpu",
-        "003_data_parallel_2gpus",
+        "000_data_parallel_1gpu",
+        "001_data_parallel_2gpus",
+        "002_distributed_1gpu",
+        "003_distributed_2gpus",
     ]
     cells = [call["sweep"] for call in fakes.calls]
     assert [(cell.sweep_id, cell.index, cell.count) for cell in cells] == [("grid", i, 4) for i in range(4)]
     assert [call["folder"] for call in fakes.calls] == [folder / name for name in folders(folder)]
     assert [call["config"].gpus for call in fakes.calls] == [[0], [0, 1], [0], [0, 1]]
     assert fakes.calls[1]["overrides"] == [
-        "parallelism=none",
+        "parallelism=data_parallel",
         "gpus=[0,1]",
         "sweep_order=given",
         "hardware=cpu",
@@ -125,18 +125,18 @@ def test_sweep_json_is_kept_up_to_date(sweep, fakes, tmp_path):
         "index": 3,
         "repeat": 1,
         "overrides": [
-            "parallelism=data_parallel", "gpus=[0,1]", "sweep_order=given", "hardware=cpu", "sweep_name=grid"
+            "parallelism=distributed", "gpus=[0,1]", "sweep_order=given", "hardware=cpu", "sweep_name=grid"
         ],
-        "folder": "003_data_parallel_2gpus",
+        "folder": "003_distributed_2gpus",
         "outcome": "finished",
         "reason": "",
-        "name": "tiny data_parallel",
+        "name": "tiny distributed",
         "run_id": "id",
         "kept": False,
         "warnings": [],
         "metrics": {"latency/step_ms": 2.0},
     }  # fmt: skip
-    own = json.loads((tmp_path / "multirun" / "grid" / "003_data_parallel_2gpus" / "cell.json").read_text())
+    own = json.loads((tmp_path / "multirun" / "grid" / "003_distributed_2gpus" / "cell.json").read_text())
     assert own.pop("cell") and own == {key: entry[key] for key in ("index", "repeat", "overrides")}
     progress = json.loads((tmp_path / "multirun" / "grid" / "progress.json").read_text())
     assert (progress["state"], progress["counts"]["finished"], progress["current"]) == ("finished", 4, None)
@@ -151,17 +151,57 @@ def test_without_a_name_a_sweep_is_called_by_its_time(sweep, fakes, tmp_path):
 
 
 def test_the_named_sweeps(sweep, fakes, tmp_path):
-    assert sweep("+sweep=modes", "sweep_order=given") == 0
+    assert sweep("+sweep=modes", "sweep_order=given", "hardware=cpu", "gpus=[0,1,2,3]") == 0
     asked = [call["config"].parallelism for call in fakes.calls]
     assert asked[0].mode == "none" and {parallelism.mode for parallelism in asked} == set(MODES)
     assert all(asked.count(parallelism) == 1 for parallelism in asked)
     (folder,) = (tmp_path / "multirun").iterdir()
     assert folder.name == "modes_tiny", "the same command finds it again"
     assert folders(folder)[3:5] == [
-        "003_block_distribution_all_gpus",
-        "004_block_distribution_interleaved_all_gpus",
+        "003_block_distribution_4gpus",
+        "004_block_distribution_interleaved_4gpus",
     ]
     assert {call["config"].sweep_name for call in fakes.calls} == {folder.name}
+
+
+def test_mode_none_is_the_baseline_whatever_gpus_are_named(sweep, fakes, tmp_path):
+    words = [
+        "-m",
+        "parallelism=none,data_parallel",
+        "gpus=[1,0]",
+        "hardware=cpu",
+        "tracking=none",
+        "sweep_name=s",
+    ]
+    fakes.writes = True
+    assert sweep(*words) == 0
+    folder = tmp_path / "multirun" / "s"
+    assert folders(folder)[:2] == ["000_none_1gpu", "001_data_parallel_2gpus"]
+    assert read_record(folder / "000_none_1gpu").requested["gpus"] == [1, 0]
+    assert [entry["outcome"] for entry in sweep_file(folder)["cells"]] == ["finished"] * 2
+    fakes.calls.clear()
+    assert sweep(*words, "resume=true") == 0
+    assert not fakes.calls and all(entry["cell"] for entry in sweep_file(folder)["cells"])
+
+
+def test_what_comes_to_the_layout_of_an_earlier_cell_is_skipped(sweep, fakes, tmp_path):
+    words = [
+        "-m",
+        "parallelism=none,cfg_parallel,hybrid,data_parallel,distributed",
+        "gpus=[0,1]",
+        "hardware=cpu",
+    ]
+    assert sweep(*words, "tracking=none", "sweep_name=s", "sweep_order=given", "repeats=2") == 0
+    reasons = {entry["folder"]: entry["reason"] for entry in sweep_file(tmp_path / "multirun" / "s")["cells"]}
+    assert reasons.pop("002_hybrid_2gpus") == "same layout as 001_cfg_parallel_2gpus"
+    assert set(reasons.values()) == {""} and len(reasons) == 8, "replicas are not all alike"
+    assert (
+        sweep(
+            *words[:1], "parallelism=cfg_parallel,hybrid", "gpus=[0,1],[1,0]", "hardware=cpu", "tracking=none"
+        )
+        == 0
+    )
+    assert len(fakes.calls) == 8 + 2, "other devices are another layout"
 
 
 def test_scaling_takes_as_many_devices_as_there_are(sweep, fakes, tmp_path):
@@ -212,6 +252,31 @@ def test_a_cell_with_an_invalid_config_fails_alone(sweep, fakes, tmp_path, capsy
     assert [cell["outcome"] for cell in cells] == ["failed", "finished"]
     assert [record.outcome for record in fakes.tables[0]] == ["failed", "finished"]
     assert capsys.readouterr().err == ""
+
+
+def test_a_mistake_that_leaves_nothing_to_run_is_one_line_and_no_sweep(sweep, fakes, tmp_path, capsys):
+    words = ["-m", "parallelism=none,cfg_parallel", "gpus=[0]", "hardware=cpu", "sweep_name=s"]
+    assert sweep(*words, "checkpoint=/nope") == 2
+    assert capsys.readouterr().err.startswith("error: no checkpoint at /nope")
+    assert not fakes.calls and not (tmp_path / "multirun" / "s").exists()
+    assert sweep(*words) == 0, "the command put right is not refused"
+
+
+def test_a_mistake_in_some_cells_fails_those_alone(sweep, fakes, tmp_path):
+    words = [
+        "-m",
+        "gpus=[0],[0,9]",
+        "parallelism=data_parallel",
+        "hardware=cpu",
+        "tracking=none",
+        "sweep_name=s",
+    ]
+    assert sweep(*words) == 1
+    entries = {entry["folder"]: entry for entry in sweep_file(tmp_path / "multirun" / "s")["cells"]}
+    failed = entries["001_data_parallel_2gpus"]
+    assert failed["outcome"] == "failed" and "there is no device 9" in failed["reason"]
+    assert read_record(tmp_path / "multirun" / "s" / failed["folder"]).requested["gpus"] == [0, 9]
+    assert len(fakes.calls) == 1
 
 
 def test_an_invalid_number_does_not_break_the_record(sweep, tmp_path):

@@ -126,13 +126,28 @@ def test_the_table_shows_states_figures_and_memory(tmp_path):
         "finished earlier",
         "1:05 min",
         "oom",
-        "running: warm-up 50 %",
+        "running: warm-up",
+        "50 %",
         "12.5",
         "1.25",
         "about 2:02 h left",
     ):
         assert words in text, words
     assert "gpu0 71.2 GiB in use" in text and "used by process 7" in text
+
+
+def test_80_columns_hold_the_longest_name_and_every_number(tmp_path):
+    runs = [make_run(tmp_path, 0, "finished", seconds=65), make_run(tmp_path, 1)]
+    runs[1].folder = tmp_path / "001_block_distribution_interleaved_2gpus"
+    runs[0].overrides = runs[1].overrides = []
+    runs[0].record.metrics["latency/step_ms"] = 18260.4
+    current = {"phase": "probe attention", "done": 1, "total": 2, "seconds": 90.0}
+    snapshot = {"counts": counts([]), "eta_s": None, "current": current, "memory_gib": {}, "notes": []}
+    console = rich.console.Console(file=io.StringIO(), width=80)
+    console.print(sweep_table(runs, runs[1], snapshot))
+    rows = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert ["000_none_1gpu", "finished", "18,260", "1.25", "1:05", "min"] in rows
+    assert ["001_block_distribution_interleaved_2gpus", "running:", "probe", "1:30", "min"] in rows
 
 
 def test_a_large_sweep_shows_the_rows_around_the_run_under_way(tmp_path):

@@ -34,6 +34,8 @@ def test_run_name_is_the_verdict() -> None:
     assert describe.run_name(inexact) == "block_distribution 2 GPU - inexact - 812 ms/step - 7.1 GiB - tiny"
     skipped = make_record(outcome="skipped", effective={}, metrics={})
     assert describe.run_name(skipped) == "block_distribution 2 devices - skipped - tiny"
+    skipped.requested["gpus"] = [0]
+    assert describe.run_name(skipped) == "block_distribution 1 device - skipped - tiny"
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,21 @@ def test_run_name_is_the_verdict() -> None:
 )
 def test_milliseconds(value: float, text: str) -> None:
     assert describe.milliseconds(value) == text
+
+
+def test_numbers_have_no_exponent() -> None:
+    values = (0.0, 0.000123, 8.1, 99.96, 812.4, 18263.0, -0.5)
+    texts = ["0", "0.000123", "8.10", "99.96", "812.4", "18,263", "-0.5000"]
+    assert [
+        describe.number(value, digits) for value, digits in zip(values, (3, 3, 3, 4, 4, 3, 4), strict=True)
+    ] == texts
+
+
+def test_loading_that_read_nothing_has_no_rate() -> None:
+    metrics = {"load/seconds": 1.7, "load/gib_per_second": 15.6, "load/read_gib": 26.6}
+    assert describe.loading(metrics) == "1.70 s, 15.6 GiB/s"
+    assert describe.loading(metrics | {"load/read_gib": 0.0}) == "weights made in 1.70 s"
+    assert describe.loading({}) is None
 
 
 def test_gibibytes() -> None:

@@ -60,6 +60,10 @@ def test_import_makes_one_summary_a_sweep(
     assert f"viewStateShareKey={sweep_view_key('s')}" in said
     tag, state = sweep_view("s")
     assert experiment.tags[tag] == state and 'sweep_id = \\"s\\"' in state
+    order = json.loads(state)
+    assert (order["orderByKey"], order["orderByAsc"]) == ("metrics.`throughput/samples_per_second`", False), (
+        "by time a sample: a step of replicas makes several"
+    )
 
     assert import_records.main(["multirun"]) == 0  # again: the summaries are replaced
     second = {run.data.tags[SUMMARY_TAG]: run for run in summaries(sqlite_uri)}

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import compose_run
 from tests.tracking.conftest import free_port
 from tests.tracking.records import make_record, write_run
 from tests.tracking.test_mlflow_store import runs_in
 from wanexp import rerun
-from wanexp.config import TrackingConfig
+from wanexp.config import RunConfig, TrackingConfig, to_dict
 from wanexp.errors import UserError
+from wanexp.record import Record
 from wanexp.tracking import import_records, location, ui
 from wanexp.tracking.mlflow_store import track
 
@@ -105,6 +107,24 @@ def test_rerun_user_errors(working_folder: Path, capsys: pytest.CaptureFixture[s
     assert rerun.main(["record.json"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and all(line.startswith("error: ") for line in errors)
+
+
+def test_rerun_of_mode_none_takes_the_gpu_that_it_ran_on(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a sweep that names two."""
+    seen = []
+
+    def run(config: RunConfig, **_: object) -> Record:
+        seen.append(config.gpus)
+        return make_record()
+
+    monkeypatch.setattr("wanexp.runner.run", run)
+    requested = to_dict(compose_run("gpus=[1,0]"))
+    for sweep_id in ("s", None):
+        make_record(requested=requested, sweep_id=sweep_id).write(working_folder)
+        assert rerun.main(["record.json"]) == 0
+    assert seen == [[1], [1, 0]]
 
 
 def test_rerun_compares() -> None:

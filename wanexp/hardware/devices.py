@@ -93,11 +93,14 @@ def find_devices(hardware: HardwareConfig, *, nvml: Any = None) -> tuple[Device,
     return gpus[: hardware.num_devices]
 
 
-def select_devices(found: Sequence[Device], gpus: Sequence[int] | None, mode: str) -> tuple[Device, ...]:
+def select_devices(
+    found: Sequence[Device], gpus: Sequence[int] | None, mode: str, *, in_sweep: bool = False
+) -> tuple[Device, ...]:
     """The devices of one run, in the order in which `gpus` names them.
 
-    None stands for one device for mode `none`, else for all GPUs (two logical devices on CPU). Raises
-    UserError for an index that is not there or named twice.
+    None stands for one device for mode `none`, else for all GPUs (two logical devices on CPU). in_sweep: mode `none`
+    takes the first of several, for one list of GPUs serves all cells. Raises UserError for an index that is not there
+    or named twice.
     """
     if gpus is None:
         if mode == "none":
@@ -121,7 +124,8 @@ def select_devices(found: Sequence[Device], gpus: Sequence[int] | None, mode: st
     if twice:
         once = ",".join(str(index) for index in dict.fromkeys(gpus))
         raise UserError(f"{written} names device {', '.join(twice)} more than once; write gpus=[{once}]")
-    return tuple(by_index[index] for index in gpus)
+    selected = tuple(by_index[index] for index in gpus)
+    return selected[:1] if in_sweep and mode == "none" else selected
 
 
 def cpu_name() -> str:

@@ -27,6 +27,7 @@ STEPS_FLOOR = 0.10  # the same where there are only steps: drift between runs is
 STEPS_FLOOR_IQRS = 3.0  # and this many relative IQRs of the steps of the noisier side; of runs: one
 SCATTER_FLOOR = 6.0  # robust standard deviations of the ratios in one table, where they are many
 MIN_SCATTER = 5
+MAX_SPREAD = 1.5  # of an interval of a ratio, high over low: one that is wider, and unclear, says nothing
 RESAMPLES = 2000
 SEED = 20261122
 VERDICTS = ("faster", "slower", "same", "unclear")
@@ -53,6 +54,13 @@ class Comparison:
     over: str
     floor: float
     verdict: str
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether noise hides even about how much it is. Of too few samples nobody knows."""
+        if self.low is None or self.high is None:
+            return False
+        return self.verdict == "unclear" and self.high > MAX_SPREAD * self.low
 
     @property
     def difference(self) -> str:

@@ -48,6 +48,7 @@ def run_metrics(
     config: RunConfig, plan: Plan, reports: Mapping[int, Report], *, peak_tflops: float | None
 ) -> dict[str, float]:
     """All metrics of a launch whose ranks came to their end. peak_tflops: dense peak of one device, if known."""
+    reports = dict(sorted(reports.items()))  # they came in any order
     steps = step_seconds({rank: report["step_s"] for rank, report in reports.items()})
     metrics = latency_metrics(config, plan, steps)
     step_s = metrics["latency/step_ms"] / 1000

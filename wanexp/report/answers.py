@@ -1,6 +1,6 @@
 """What a sweep says: baseline, verdicts, the best cells, energy and cost, what changed since an older sweep. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wanexp.errors import UserError
@@ -9,9 +9,10 @@ from wanexp.report.cells import Cell, Sweep
 from wanexp.report.collect import settings_of
 from wanexp.report.modes import LATENCY, THROUGHPUT
 from wanexp.tracking import describe
-from wanexp.tracking.describe import gibibytes, milliseconds
+from wanexp.tracking.describe import gibibytes, milliseconds, number
 
 JOULES_PER_WH = 3600.0
+CREDIBLE_EFFICIENCY = 1.10  # above it there is noise, or a base that did other work
 
 
 @dataclass(frozen=True)
@@ -37,45 +38,80 @@ def check_baseline(cells: Sequence[Cell], wanted: str) -> None:
 
 
 def baseline_of(cell: Cell, cells: Sequence[Cell], wanted: str | None = None) -> Cell | None:
-    """What `cell` is compared with, among `cells` of its setting that finished.
+    """What `cell` is compared with, among `cells` of its setting that finished; None where nothing will do.
 
-    Mode none with the same options, else mode none, else the cell with the fewest devices (where one device is too
-    small for the model). wanted: a label or mode instead of these.
+    Mode none with the same options, else mode none, else the cell with the fewest devices, and fewer than its own
+    (where one device is too small for the model). wanted: a label or mode instead of these. A step of replicas makes
+    several samples: no latency mode is compared with it.
     """
     finished = [other for other in cells if other.is_finished and other.steps_ms]
+    if cell.kind == LATENCY:
+        finished = [other for other in finished if other.kind == LATENCY]
     if wanted is not None:
         return next((other for other in finished if wanted in (other.label, other.mode)), None)
     alone = [other for other in finished if other.mode == "none"]
     alike = [other for other in alone if other.options == cell.options]
     if alike or alone:
         return (alike or alone)[0]
-    return min(finished, key=lambda o: (o.options != cell.options, o.num_devices), default=None)
+    smaller = [other for other in finished if other.num_devices < cell.num_devices]
+    return min(smaller, key=lambda o: (o.options != cell.options, o.num_devices), default=None)
 
 
-def verdicts(cells: Sequence[Cell], wanted: str | None = None) -> dict[int, Comparison]:
-    """For each finished cell, by its place, the verdict against its baseline; none for a baseline itself."""
+@dataclass(frozen=True)
+class Against:
+    """A cell's verdict against its baseline."""
+
+    base: Cell
+    cell: Cell
+    comparison: Comparison
+
+    @property
+    def efficiency(self) -> float:
+        """The gain over the ratio of devices: 1 is ideal."""
+        return gain(self.base, self.cell) * max(1, self.base.num_devices) / max(1, self.cell.num_devices)
+
+    @property
+    def is_credible(self) -> bool:
+        return self.efficiency <= CREDIBLE_EFFICIENCY
+
+    def __str__(self) -> str:
+        """`1.88x none, 1 GPU (2 steps each)`, or that there is too much noise for a ratio."""
+        if self.comparison.says_nothing:
+            return f"no ratio to {self.base.label}: noise allows anything"
+        text = f"{gain(self.base, self.cell):.2f}x {self.base.label}"
+        if self.comparison.low is None:
+            counts = [sum(map(len, side.steps_ms)) for side in (self.cell, self.base)]
+            each = f"{describe.plural(counts[0], 'step')} each"
+            text += f" ({each if counts[0] == counts[1] else '{} and {} steps'.format(*counts)})"
+        return text if self.is_credible else f"{text} (not credible: efficiency {self.efficiency:.0%})"
+
+
+def verdicts(cells: Sequence[Cell], wanted: str | None = None) -> dict[int, Against]:
+    """By id of each finished cell the verdict against its baseline; none for a baseline itself."""
     pairs = [
-        (index, base, cell)
-        for index, cell in enumerate(cells)
-        if cell.is_finished
-        and cell.steps_ms
-        and (base := baseline_of(cell, cells, wanted)) not in (None, cell)
+        (base, cell)
+        for cell in cells
+        if cell.is_finished and cell.steps_ms and (base := baseline_of(cell, cells, wanted))
     ]
+    pairs = [(base, cell) for base, cell in pairs if base is not cell]
     return {
-        index: compare(base.times_ms(cell.kind), cell.times_ms(cell.kind), comparisons=len(pairs))
-        for index, base, cell in pairs
-        if base
+        id(cell): Against(
+            base, cell, compare(base.times_ms(cell.kind), cell.times_ms(cell.kind), comparisons=len(pairs))
+        )
+        for base, cell in pairs
     }
+
+
+def no_base(wanted: str | None = None) -> str:
+    """Why a latency mode is compared with nothing."""
+    if wanted is None:
+        return "mode none did not finish"
+    return f"{wanted} did not finish, or makes several samples a step"
 
 
 def gain(base: Cell, cell: Cell) -> float:
     """Speed-up of a latency mode, throughput ratio of a throughput mode."""
     return base.time_ms(cell.kind) / cell.time_ms(cell.kind)
-
-
-def efficiency(base: Cell, cell: Cell) -> float:
-    """The gain over the ratio of devices: 1 is ideal."""
-    return gain(base, cell) * base.num_devices / cell.num_devices
 
 
 def energy_wh(cell: Cell) -> float | None:
@@ -106,11 +142,13 @@ def pareto(cells: Sequence[Cell], kind: str) -> list[Cell]:
 
 def answers(cells: Sequence[Cell], wanted: str | None = None) -> list[tuple[str, str]]:
     """The sweep in a few lines, for the cells of one setting: what is fastest, leanest, and of most throughput."""
+    judged = verdicts(cells, wanted)
     finished = [cell for cell in cells if cell.is_finished and cell.steps_ms]
     if not finished:
         count = describe.plural(len(cells), "cell")
         return [("No answer", f"none of {count} finished; see what became of them below")]
-    found = [("Fastest", _fastest([c for c in finished if c.kind == LATENCY] or finished, cells, wanted))]
+    latency = [cell for cell in finished if cell.kind == LATENCY]
+    found = [("Fastest", _fastest(latency or finished, cells, wanted, judged))]
     measured = [cell for cell in finished if cell.peak_gib is not None]
     if measured:
         leanest = min(measured, key=lambda c: c.peak_gib or 0.0)
@@ -120,15 +158,17 @@ def answers(cells: Sequence[Cell], wanted: str | None = None) -> list[tuple[str,
             text += f", {(leanest.peak_gib or 0.0) / base.peak_gib:.0%} of {base.label}"
         found.append(("Least memory", text))
     best = min(finished, key=lambda c: c.time_ms(THROUGHPUT))
-    found.append(("Best throughput", _throughput_answer(best, cells, wanted)))
+    found.append(("Best throughput", _throughput_answer(best, judged)))
     costs = [(cost, cell) for cell in finished if (cost := cost_usd(cell)) is not None]
     if costs:
         cost, cell = min(costs, key=lambda pair: pair[0])
-        found.append(("Cheapest", f"{cell.label}: {cost:.3g} USD a video"))
+        found.append(("Cheapest", f"{cell.label}: {number(cost)} USD a video"))
     return found
 
 
-def _fastest(candidates: Sequence[Cell], cells: Sequence[Cell], wanted: str | None) -> str:
+def _fastest(
+    candidates: Sequence[Cell], cells: Sequence[Cell], wanted: str | None, judged: Mapping[int, Against]
+) -> str:
     """The cell of the shortest step; of those that are the same within noise, the one with the fewest devices."""
     shortest = min(candidates, key=lambda c: c.time_ms(LATENCY))
     others = [cell for cell in candidates if cell is not shortest]
@@ -136,30 +176,27 @@ def _fastest(candidates: Sequence[Cell], cells: Sequence[Cell], wanted: str | No
     tied = [shortest, *(cell for cell in others if found[id(cell)].verdict == "same")]
     best = min(tied, key=lambda c: c.num_devices)
     text = f"{best.label}: {milliseconds(best.time_ms(LATENCY))} a step"
-    base = baseline_of(best, cells, wanted)
-    if base not in (None, best) and base:
-        text += f", {gain(base, best):.2f}x {base.label}"
+    if id(best) in judged:
+        text += f", {judged[id(best)]}"
+    elif baseline_of(best, cells, wanted) is None:
+        text += f" (no speed-up: {no_base(wanted)})"
     if len(tied) > 1:
         text += f"; the same within noise: {_some([cell.label for cell in tied if cell is not best])}"
-    judged = [cell for cell in others if found[id(cell)].low is not None]
-    unclear = [cell.label for cell in judged if found[id(cell)].verdict in ("unclear", "faster")]
+    known = [cell for cell in others if found[id(cell)].low is not None]
+    unclear = [cell.label for cell in known if found[id(cell)].verdict in ("unclear", "faster")]
     text += f"; not clearly slower: {_some(unclear)}" if unclear else ""
-    if len(judged) == len(others):
+    if len(known) == len(others):
         return text
-    near = [c.label for c in others if c not in judged and found[id(c)].ratio <= 1 + SAME_MARGIN]
+    near = [c.label for c in others if c not in known and found[id(c)].ratio <= 1 + SAME_MARGIN]
     text += f"; within {SAME_MARGIN:.0%}: {_some(near)}" if near else ""
     return f"{text} (too few samples to judge by: one cell or more has under {MIN_SAMPLES} steps)"
 
 
-def _throughput_answer(best: Cell, cells: Sequence[Cell], wanted: str | None) -> str:
+def _throughput_answer(best: Cell, judged: Mapping[int, Against]) -> str:
     hourly = best.videos_per_hour
     a_second = 1000 / best.time_ms(THROUGHPUT)
-    amount = f"{hourly:.3g} videos/hour" if hourly else f"{a_second:.3g} samples/s"
-    base = baseline_of(best, cells, wanted)
-    if base in (None, best) or not base:
-        return f"{best.label}: {amount}"
-    ratio = base.time_ms(THROUGHPUT) / best.time_ms(THROUGHPUT)
-    return f"{best.label}: {amount}, {ratio:.2f}x {base.label}"
+    amount = f"{number(hourly)} videos/hour" if hourly else f"{number(a_second)} samples/s"
+    return f"{best.label}: {amount}" + (f", {judged[id(best)]}" if id(best) in judged else "")
 
 
 def _some(labels: Sequence[str], limit: int = 3) -> str:
@@ -190,5 +227,5 @@ def amount(cell: Cell) -> str:
     if not cell.steps_ms:
         return cell.outcome
     if cell.kind == THROUGHPUT and cell.videos_per_hour:
-        return f"{cell.videos_per_hour:.3g} videos/hour"
+        return f"{number(cell.videos_per_hour)} videos/hour"
     return f"{milliseconds(cell.time_ms(LATENCY))}/step"

@@ -6,6 +6,7 @@ With --against an older sweep it also says which cells got slower; noise alone h
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ HTML, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, 1 where a cell got worse than in the sweep of --against, 2 for a user error."""
+    """Exit code 0, 1 where a cell got worse than in the sweep of --against, 2 where there is no report."""
     parser = argparse.ArgumentParser(prog="report.py", description=__doc__)
     parser.add_argument(
         "sweep", nargs="?", type=Path, help="folder of a sweep, multirun/NAME, or a tree of records"
@@ -44,8 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = compose(sweep, before=before, baseline=options.baseline)
         folder = options.out or options.sweep or Path(f"report_{clean_key(options.mlflow).replace('/', '_')}")
         paths = write_report(report, folder)
-    except UserError as error:
+    except (UserError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception:  # a mistake of ours; uncaught it would end with 1
+        traceback.print_exc()
         return 2
     for term, said in report.headline:
         print(f"{term}: {said}")

@@ -1,5 +1,6 @@
 """From a sweep to the blocks of its page: the answer, tables, figures, what was skipped, commands, machine. Pure."""
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -165,7 +166,10 @@ def commands(sweep: Sweep) -> list[Block]:
         if folder is not None:
             command = tool_command("rerun.py", "wanexp.rerun", folder / "record.json")
         elif cell.runs or cell.overrides:
-            command = shlex.join(["python", "-m", "wanexp", *single_run(cell.overrides)])
+            own = single_run(cell.overrides)
+            if cell.mode == "none":  # which runs on the first of several in a sweep only
+                own = [re.sub(r"^gpus=\[(\d+),.*", r"gpus=[\1]", text) for text in own]
+            command = shlex.join(["python", "-m", "wanexp", *own])
         else:
             continue
         lines.append(f"{command}  # {' '.join(cell.label.split())}")

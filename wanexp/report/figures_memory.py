@@ -27,7 +27,7 @@ from wanexp.report.drawing import (
     subtitle_of,
 )
 from wanexp.report.modes import LATENCY, THROUGHPUT, style_of
-from wanexp.tracking.describe import cut, mapping
+from wanexp.tracking.describe import cut, mapping, number
 
 CAPACITY_COLOUR = "#B00020"
 MAX_PANELS, PANELS_A_ROW = 9, 3  # a panel for every mode
@@ -94,7 +94,8 @@ def peaks(cells: Sequence[Cell]) -> Drawn | None:
     axes.set_xlim(0, 1.06 * largest)
     figure.legend(handles=handles, loc="lower left", ncols=4, fontsize=8)
     leanest = min(measured, key=lambda cell: cell.peak_gib or 0.0)
-    alt = f"Peak memory of each device; the least is {leanest.label} at {leanest.peak_gib:.3g} GiB on the fullest"
+    least = f"{leanest.label} at {number(leanest.peak_gib or 0.0)} GiB"
+    alt = f"Peak memory of each device; the least is {least} on the fullest"
     return finish(figure, "peaks", alt)
 
 

@@ -28,6 +28,7 @@ from wanexp.report.drawing import (
     subtitle_of,
 )
 from wanexp.report.modes import LATENCY, THROUGHPUT, style_of
+from wanexp.tracking.describe import number, plural
 
 WORDS = {  # kind -> title, y axis
     LATENCY: ("Speed-up over GPUs, latency modes", "speed-up of a step"),
@@ -41,36 +42,35 @@ MAX_NAMED = 12  # series of the scaling figure; with more of them the legend nam
 def scaling(cells: Sequence[Cell], kind: str, wanted: str | None = None) -> Drawn | None:
     """Gain and efficiency against the number of devices, with the ideal line; cells out of memory at the bottom."""
     own = [cell for cell in cells if cell.kind == kind and cell.runs and cell.num_devices]
-    pairs = [
-        (base, cell)
-        for cell in own
-        if cell.is_finished and cell.steps_ms and (base := answers.baseline_of(cell, cells, wanted))
-    ]
-    others = [cell for base, cell in pairs if cell is not base]
-    if not others:
+    verdicts = answers.verdicts(cells, wanted)
+    judged = [verdicts[id(cell)] for cell in own if id(cell) in verdicts]
+    beside = [found for found in judged if not found.comparison.says_nothing]
+    if not beside:
         return None
-    base = pairs[0][0]
+    base = beside[0].base
     title, label = WORDS[kind]
+    noisy = len(judged) - len(beside)
+    remark = f"; left out as too noisy: {plural(noisy, 'cell')}" if noisy else ""
+    if not all(found.is_credible for found in beside):
+        remark += f"; above {answers.CREDIBLE_EFFICIENCY:.0%} not credible"
     figure, (left, right) = sheet(
-        title, f"{subtitle_of([*own, base])}\nbaseline: {base.label}", height=3.3, columns=2
+        title, f"{subtitle_of([*own, base])}\nbaseline: {base.label}{remark}", height=3.3, columns=2
     )
     counts = sorted({cell.num_devices for cell in own} | {base.num_devices})
     ideal = [count / base.num_devices for count in counts]
     left.plot(counts, ideal, "--", color=GREY, linewidth=1.2)
     right.axhline(100, linestyle="--", color=GREY, linewidth=1.2)
     series: dict[tuple[str, tuple[str, ...], str], list[tuple[int, float, float]]] = {}
-    beside = [pair for pair in pairs if pair[1] is not base]
-    for cell_base, cell in sorted(
-        beside, key=lambda pair: not pair[1].degrees
-    ):  # those on one device have none
-        point = (cell.num_devices, answers.gain(cell_base, cell), answers.efficiency(cell_base, cell))
+    for found in sorted(beside, key=lambda found: not found.cell.degrees):  # those on one device have none
+        cell = found.cell
+        point = (cell.num_devices, answers.gain(found.base, cell), found.efficiency)
         own_key = (cell.mode, tuple(cell.degrees), cell.options)
         alike = [key for key in series if not cell.degrees and (key[0], key[2]) == (cell.mode, cell.options)]
         for key in alike or [own_key]:
             series.setdefault(key, []).append(point)
     handles = []
     dodge = 0.022 * (counts[-1] - counts[0])  # so that no mark of one count hides another
-    for number, ((mode, degrees, options), points) in enumerate(series.items()):
+    for place, ((mode, degrees, options), points) in enumerate(series.items()):
         style = style_of(mode)
         siblings = [key for key in series if key[0] == mode]
         several = len({key[1] for key in siblings}) > 1
@@ -83,14 +83,14 @@ def scaling(cells: Sequence[Cell], kind: str, wanted: str | None = None) -> Draw
         }
         name = ", ".join(filter(None, (mode, " x ".join(degrees) if several else "", options)))
         handles.append(Line2D([], [], linestyle="", label=name, **look))
-        shift = dodge * (number - (len(series) - 1) / 2)
+        shift = dodge * (place - (len(series) - 1) / 2)
         fastest = {point[0]: point for point in sorted(points)}  # of several of one count
         line = sorted(({base.num_devices: (base.num_devices, 1.0, 1.0)} | fastest).values())
-        for axes, place, scale in ((left, 1, 1), (right, 2, 100)):
+        for axes, field, scale in ((left, 1, 1), (right, 2, 100)):
             for shown_points, dash in ((points, ""), (line, "-")):
                 axes.plot(
                     [count + shift * (count != base.num_devices) for count, *_ in shown_points],
-                    [scale * point[place] for point in shown_points],
+                    [scale * point[field] for point in shown_points],
                     **look | ({"marker": "", "linewidth": 1.0, "alpha": 0.5} if dash else {}),
                     linestyle=dash,
                 )
@@ -118,8 +118,8 @@ def scaling(cells: Sequence[Cell], kind: str, wanted: str | None = None) -> Draw
     legend_of_modes(figure, modes, *extra, loc="lower left", ncols=4)
     left.set_ylim(0, 1.03 * left.get_ylim()[1])
     right.set_ylim(0, max(108, right.get_ylim()[1]))
-    best = max(others, key=lambda cell: answers.gain(base, cell))
-    alt = f"{title}; the best is {best.label} at {answers.gain(base, best):.2f} times {base.label}"
+    best = max(beside, key=lambda found: answers.gain(found.base, found.cell))
+    alt = f"{title}; the best is {best.cell.label} at {answers.gain(best.base, best.cell):.2f} times {best.base.label}"
     return finish(figure, f"scaling_{kind}", alt)
 
 
@@ -158,7 +158,7 @@ def times(cells: Sequence[Cell], kind: str) -> Drawn | None:
         style, middle = style_of(cell.mode), intervals[id(cell)]
         axes.barh(row, middle.median, height=0.5, color=style.colour, alpha=0.15, linewidth=0)
         end = max(middle.high, *(step for run in cell.times_ms(kind) for step in run))
-        axes.text(end + 0.015 * longest, row, f"{middle.median:,.4g}", va="center", fontsize=8)
+        axes.text(end + 0.015 * longest, row, number(middle.median, 4), va="center", fontsize=8)
         steps = [step for run in cell.times_ms(kind) for step in run]
         axes.barh(
             row,
@@ -177,7 +177,7 @@ def times(cells: Sequence[Cell], kind: str) -> Drawn | None:
         )
         axes.plot([middle.median] * 2, [row - 0.34, row + 0.34], color=style.colour, linewidth=2.2)
     axes.set_xlim(0, 1.1 * max(longest, *(intervals[id(cell)].high for cell in timed)))
-    alt = f"{title}: {', '.join(f'{c.label} {intervals[id(c)].median:.4g} ms' for c in timed[:5])}"
+    alt = f"{title}: {', '.join(f'{c.label} {number(intervals[id(c)].median, 4)} ms' for c in timed[:5])}"
     return finish(figure, f"times_{kind}", alt)
 
 
@@ -250,7 +250,7 @@ def energy(cells: Sequence[Cell]) -> Drawn | None:
         price = " / ".join(f"{value:g}" for value in sorted(prices))
         grid[1].set_xlabel(f"USD a video, at {price} USD a GPU hour")
         _bars(grid[1], own, [answers.cost_usd(cell) for cell in own])
-    alt = f"Energy of a video; the least is {own[0].label} at {answers.energy_wh(own[0]):.3g} Wh"
+    alt = f"Energy of a video; the least is {own[0].label} at {number(answers.energy_wh(own[0]) or 0.0)} Wh"
     return finish(figure, "energy", alt)
 
 
@@ -259,7 +259,7 @@ def _bars(axes: Axes, cells: Sequence[Cell], values: Sequence[float | None]) -> 
     for row, (cell, value) in enumerate(zip(cells, values, strict=True)):
         if value is not None:
             axes.barh(row, value, height=0.6, color=style_of(cell.mode).colour, alpha=0.85)
-            axes.text(value + 0.01 * top, row, f"{value:.3g}", va="center", fontsize=8)
+            axes.text(value + 0.01 * top, row, number(value), va="center", fontsize=8)
     axes.set_xlim(0, 1.14 * top)
     axes.grid(visible=False, axis="y")
 

@@ -1,15 +1,14 @@
 """The tables of a setting: times with their verdicts, then memory, energy and exactness. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from wanexp.measure.comparison import Comparison
 from wanexp.report import answers
 from wanexp.report.cells import Cell
 from wanexp.report.drawing import NOT_RUN
 from wanexp.report.machine import joined
 from wanexp.report.modes import LATENCY, THROUGHPUT
 from wanexp.report.page import Block, Heading, Table, Text
-from wanexp.tracking.describe import plural
+from wanexp.tracking.describe import number, plural
 
 INTERVAL_NOTE = (
     "Intervals are 95 % bootstrap intervals of the median: over the medians of the runs where a cell has three or "
@@ -20,28 +19,38 @@ INTERVAL_NOTE = (
 
 def cell_tables(cells: Sequence[Cell], baseline: str | None = None) -> list[Block]:
     """Times of latency modes and of throughput modes apart, then memory, energy and exactness of all."""
-    verdicts = {id(cells[place]): verdict for place, verdict in answers.verdicts(cells, baseline).items()}
-    bases = {base.label for cell in cells if (base := answers.baseline_of(cell, cells, baseline))}
-    blocks: list[Block] = []
-    if bases:
-        said = f"Compared with {'; '.join(sorted(bases))}. "
-        if baseline is None and not any(base.startswith("none,") for base in bases):
-            said += "Mode none did not finish, so the base is the cell with the fewest devices that did. "
-        blocks.append(Text(said + INTERVAL_NOTE))
+    verdicts = answers.verdicts(cells, baseline)
+    timed = [cell for cell in cells if cell.is_finished and cell.steps_ms]
+    bases = [found.base for found in verdicts.values()]
+    bases += [cell for cell in timed if answers.baseline_of(cell, timed, baseline) is cell]
+    based = {*verdicts, *map(id, bases)}
+    alone = [cell for cell in timed if id(cell) not in based]
+    remarks = [*_remarks(bases, alone, baseline)]
+    if not all(found.is_credible for found in verdicts.values()):
+        limit = f"{answers.CREDIBLE_EFFICIENCY:.0%}"
+        remarks.append(f"An efficiency above {limit} is noise, or its base did other work.")
+    blocks: list[Block] = [Text(" ".join(remarks))] if timed else []
     for kind, title in ((LATENCY, "Latency modes"), (THROUGHPUT, "Throughput modes")):
         own = [cell for cell in cells if cell.kind == kind and cell.runs and cell.outcome != "skipped"]
         if own:
-            blocks += [Heading(title, 3), _times_table(own, cells, kind, verdicts, baseline)]
+            blocks += [Heading(title, 3), _times_table(own, kind, verdicts, bases)]
     ran = [cell for cell in cells if cell.is_finished]
     return blocks + ([Heading("Memory, energy, exactness", 3), _memory_table(ran)] if ran else [])
 
 
+def _remarks(bases: Sequence[Cell], alone: Sequence[Cell], baseline: str | None) -> Iterator[str]:
+    """What the reader of the tables must know. alone: cells that are compared with nothing."""
+    if bases:
+        yield f"Compared with {'; '.join(sorted({base.label for base in bases}))}."
+    if bases and baseline is None and not any(base.mode == "none" for base in bases):
+        yield "Mode none did not finish, so the base is the cell with the fewest devices that did."
+    if any(cell.kind == LATENCY for cell in alone):
+        yield f"Latency modes without a speed-up have no baseline: {answers.no_base(baseline)}."
+    yield INTERVAL_NOTE
+
+
 def _times_table(
-    own: Sequence[Cell],
-    cells: Sequence[Cell],
-    kind: str,
-    verdicts: dict[int, Comparison],
-    baseline: str | None,
+    own: Sequence[Cell], kind: str, verdicts: Mapping[int, answers.Against], bases: Sequence[Cell]
 ) -> Table:
     times = "step, ms" if kind == LATENCY else "ms a sample"
     gains = "speed-up" if kind == LATENCY else "throughput ratio"
@@ -61,18 +70,19 @@ def _times_table(
     for cell in own:
         row = [cell.label, NOT_RUN.get(cell.outcome, cell.outcome)] + [""] * 8
         if middle := cell.interval:
-            within = f"{middle.low:,.4g} to {middle.high:,.4g}" if middle.low < middle.high else ""
-            row[2:5] = f"{middle.median:,.4g}", within, _count(cell)
-        base, verdict = answers.baseline_of(cell, cells, baseline), verdicts.get(id(cell))
-        if base is cell:
+            within = (
+                f"{number(middle.low, 4)} to {number(middle.high, 4)}" if middle.low < middle.high else ""
+            )
+            row[2:5] = number(middle.median, 4), within, _count(cell)
+        if found := verdicts.get(id(cell)):
+            row[5] = f"{answers.gain(found.base, cell):.2f}x"
+            row[6] = f"{found.efficiency:.0%}" + ("" if found.is_credible else " (not credible)")
+            row[7], row[8] = found.comparison.verdict, found.comparison.difference
+        elif any(base is cell for base in bases):
             row[7] = "baseline"
-        elif verdict and base:
-            row[5] = f"{answers.gain(base, cell):.2f}x"
-            row[6] = f"{answers.efficiency(base, cell):.0%}" if cell.num_devices and base.num_devices else ""
-            row[7], row[8] = verdict.verdict, verdict.difference
         row[9] = _number(cell.videos_per_hour)
         rows.append(row)
-    return _without_empty(head, rows, numeric=(2, 5, 6, 9))
+    return _without_empty(head, rows, numeric=(2, 3, 4, 5, 6, 9))
 
 
 def _memory_table(cells: Sequence[Cell]) -> Table:
@@ -81,7 +91,7 @@ def _memory_table(cells: Sequence[Cell]) -> Table:
         "peak GiB, fullest",
         "of each device",
         "capacity",
-        "load, s",
+        "weights",
         "energy, Wh/video",
         "USD/video",
         "parity",
@@ -91,12 +101,12 @@ def _memory_table(cells: Sequence[Cell]) -> Table:
         capacities = {cap for device in cell.devices if (cap := cell.capacity_gib(device))}
         row = [cell.label, _number(cell.peak_gib), _peaks(cell), joined(map(_number, sorted(capacities)))]
         row += [
-            _number(cell.metric("load/seconds")),
+            _loading(cell),
             _number(answers.energy_wh(cell)),
             _number(answers.cost_usd(cell)),
         ]
         rows.append([*row, _parity(cell)])
-    return _without_empty(head, rows, numeric=(1, 3, 4, 5, 6))
+    return _without_empty(head, rows, numeric=(1, 3, 5, 6))
 
 
 def _without_empty(head: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: Sequence[int]) -> Table:
@@ -124,5 +134,13 @@ def _parity(cell: Cell) -> str:
     return "" if value is None else "bit-equal" if value == 0 else f"{value:.2g}"
 
 
+def _loading(cell: Cell) -> str:
+    """`loaded in 12.3 s`, `made in 1.70 s`."""
+    seconds = cell.metric("load/seconds")
+    if seconds is None:
+        return ""
+    return f"{'made' if cell.metric('load/read_gib') == 0 else 'loaded'} in {number(seconds)} s"
+
+
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+    return "" if value is None else number(value)

@@ -1,13 +1,17 @@
 """From the overrides of a cell to a run that is checked, forecast and fingerprinted, but not started."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict
 
-from wanexp.config import to_dict, to_run_config
+from wanexp.config import RunConfig, to_dict, to_run_config
 from wanexp.errors import UserError
+from wanexp.parallel.layout import REPLICA_MODES
+from wanexp.planning.plan import Plan
 from wanexp.sweep import fingerprint
 from wanexp.sweep.forecast import Forecaster
 from wanexp.sweep.run import SweepRun
@@ -22,28 +26,47 @@ class CellComposer:
         self.source = fingerprint.source_digest()  # once: a sweep runs the code that it began with
 
     def __call__(self, overrides: list[str], index: int) -> SweepRun:
-        """The first repeat of cell `index`; what is wrong with its config is its `error`."""
+        """The first repeat of cell `index`; a mistake in it is its `error`."""
         config = self._loader.load_sweep_config(self._config, overrides)
         with open_dict(config):
             config.hydra.job.id = str(index)
             config.hydra.job.num = index
         hydra_config = HydraConfig.instance()
-        outer, error, settings = hydra_config.cfg, None, None
+        outer = hydra_config.cfg
         hydra_config.set_config(config)  # for ${hydra:...}
         try:
             folder = self._folder / str(config.hydra.sweep.subdir)
-            settings = to_run_config(_without_hydra(config))
-        except UserError as invalid:
-            error = str(invalid)
+            own = list(config.hydra.overrides.task)
+            run = SweepRun(index, 1, own, config=config, settings=None, error=None, folder=folder)
+            run.settings = to_run_config(_without_hydra(config))
+            self._look_ahead(run, run.settings)
+        except UserError as mistake:
+            run.error = str(mistake)
         finally:
             hydra_config.cfg = outer
-        own = list(config.hydra.overrides.task)
-        run = SweepRun(index, 1, own, config=config, settings=settings, error=error, folder=folder)
-        if settings is not None:
-            run.forecast = self._forecast(settings)
-            hardware = fingerprint.hardware_identity(run.forecast.devices)
-            run.cell = fingerprint.cell_fingerprint(to_dict(settings), self.source, hardware)
         return run
+
+    def _look_ahead(self, run: SweepRun, settings: RunConfig) -> None:
+        """Forecast and fingerprint `run`. Raises UserError for what could only fail, here and not halfway."""
+        if settings.task == "plan":
+            raise UserError("task=plan prints one plan and runs nothing; leave out -m and +sweep")
+        run.forecast = self._forecast(settings)
+        hardware = fingerprint.hardware_identity(run.forecast.devices)
+        run.cell = fingerprint.cell_fingerprint(to_dict(settings), self.source, hardware)
+        if (plan := run.forecast.plan) is None:
+            return
+        run.work = fingerprint.cell_fingerprint(_laid_out(settings, plan), self.source, hardware)
+        if settings.checkpoint is not None:
+            from wanexp.wan.weights import open_weights  # imports torch, so late
+
+            model = settings.model
+            open_weights(settings.checkpoint, model.architecture, num_experts=model.num_experts)
+
+
+def _laid_out(settings: RunConfig, plan: Plan) -> dict[str, Any]:
+    """The config with what its parallelism comes to on these devices. Only replicas do other work by their mode."""
+    mode = plan.mode if plan.mode in REPLICA_MODES else None
+    return to_dict(settings) | {"gpus": None, "parallelism": dataclasses.asdict(plan) | {"mode": mode}}
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:

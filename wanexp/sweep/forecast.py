@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wanexp.config import HardwareConfig, RunConfig, conf_dir
-from wanexp.errors import UserError
+from wanexp.errors import LayoutError
 from wanexp.hardware.devices import Device, find_devices, select_devices
 from wanexp.hardware.profiles import profile_for
+from wanexp.planning.plan import Plan
 from wanexp.planning.planner import cap_memory
 from wanexp.planning.preflight import preflight
 
@@ -20,12 +21,14 @@ class Forecast:
     """Of one cell. seconds: of all its steps; from generic rates where the device's are unknown, good for ranking.
 
     needed: predicted peak of each device in bytes. scope: the model and what is done with it; peaks compare within one.
+    plan: None for a layout that makes no sense.
     """
 
     devices: tuple[Device, ...]
     scope: tuple[str, ...] = ()
     seconds: float = 0.0
     needed: tuple[int, ...] = ()
+    plan: Plan | None = None
 
     @property
     def cost(self) -> float:
@@ -52,16 +55,18 @@ class Forecaster:
         return self._found[key]
 
     def __call__(self, config: RunConfig) -> Forecast:
-        """Of a cell that makes no sense only its devices, or none: the run itself says what is wrong with it."""
-        devices: tuple[Device, ...] = ()
+        """Of a layout that makes no sense only the devices: the run itself says what is wrong with it.
+
+        Raises UserError for any other mistake.
+        """
+        found = self.devices(config.hardware)
+        devices = select_devices(found, config.gpus, config.parallelism.mode, in_sweep=True)
+        asked = dataclasses.replace(config, force=True)  # no advice, which costs a search
         try:
-            found = self.devices(config.hardware)
-            devices = select_devices(found, config.gpus, config.parallelism.mode)
-            asked = dataclasses.replace(config, force=True)  # no advice, which costs a search
             judged = preflight(
                 asked, devices, found, lambda device: profile_for(config.hardware, device, conf_dir())
             ).candidate
-        except UserError:
+        except LayoutError:
             return Forecast(devices)
         steps = config.workload.num_steps + config.workload.num_warmup_steps
         return Forecast(
@@ -69,6 +74,7 @@ class Forecaster:
             scope=(config.model.name, config.workload.name, judged.devices[0].name),
             seconds=judged.time.step_s * steps if judged.time else 0.0,
             needed=tuple(entry.needed for entry in judged.memory),
+            plan=judged.plan,
         )
 
 

@@ -28,7 +28,7 @@ from wanexp.errors import UserError
 from wanexp.record import Record
 from wanexp.sweep import files, resume
 from wanexp.sweep.no_run import Skip, record_of_error
-from wanexp.sweep.order import schedule
+from wanexp.sweep.order import can_run, schedule
 from wanexp.sweep.run import SweepCell, SweepRun, outer_rank
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class SweepLauncher(Launcher):
         SweepLauncher.current = self
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Compose all cells, then run each. Raises UserError, and runs nothing, where none is valid."""
+        """Compose all cells, then run each. Raises UserError, and runs nothing, where a mistake leaves none to run."""
         if self.state != "running":
             return []
         setup_globals()
@@ -89,7 +89,7 @@ class SweepLauncher(Launcher):
             self._compose(list(cell), initial_job_idx + number) for number, cell in enumerate(job_overrides)
         ]
         errors = [cell.error for cell in cells if cell.error is not None]
-        if errors and len(errors) == len(cells) and not self.runs:
+        if errors and not any(map(can_run, cells)) and not self.runs:
             raise UserError(errors[0] + (" (other cells: other errors)" if len(set(errors)) > 1 else ""))
         results: list[JobReturn] = []
         try:
@@ -217,7 +217,7 @@ class SweepLauncher(Launcher):
         try:
             if run.error is not None:
                 raise UserError(run.error)
-            if reason := self._too_big(run):
+            if reason := run.skip or self._too_big(run):
                 raise Skip(reason)
             record: Record = self.task_function(config, sweep=sweep)  # type: ignore[call-arg]
         except (Exception, KeyboardInterrupt) as error:

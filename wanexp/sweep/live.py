@@ -35,6 +35,7 @@ from wanexp.hardware.nvml import NvmlUnavailable, handle_of, open_nvml, used_byt
 from wanexp.sweep.files import PROGRESS_FILE, write_json
 from wanexp.sweep.order import can_run
 from wanexp.sweep.run import SweepRun
+from wanexp.tracking.describe import number
 
 GIB = 1024**3
 INTERVAL_S = 2.0
@@ -240,9 +241,12 @@ def sweep_table(
     runs: Sequence[SweepRun], current: SweepRun | None, snapshot: Mapping[str, Any]
 ) -> rich.console.Group:
     """The runs, where they stand, and below them how the sweep goes."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("run", "state", "step ms", "peak GiB", "time"):
-        table.add_column(name, justify="left" if name in ("run", "state") else "right")
+    # 80 columns hold the longest name of a mode in one piece
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    table.add_column("run", min_width=max((len(run.name) for run in runs), default=0))
+    table.add_column("state", max_width=16)
+    for name in ("step\nms", "peak\nGiB", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
     first = 0
     if len(runs) > MAX_ROWS:
         position = next((n for n, run in enumerate(runs) if run is current), len(runs))
@@ -251,6 +255,7 @@ def sweep_table(
     for run in runs[first : first + MAX_ROWS]:
         state = state_of(run, current)
         metrics = run.record.metrics if run.record else {}
+        step_ms, peak_gib = metrics.get("latency/step_ms"), metrics.get("memory/peak_allocated_gib")
         shown, seconds = state, run.seconds
         if run is current and (under_way := snapshot["current"]):
             done, total = under_way["done"], under_way["total"]
@@ -261,8 +266,8 @@ def sweep_table(
         table.add_row(
             Text(names[id(run)]),
             Text(shown, style=STYLES.get(state, "red")),
-            _number(metrics.get("latency/step_ms"), ".4g"),
-            _number(metrics.get("memory/peak_allocated_gib"), ".2f"),
+            "" if step_ms is None else number(step_ms, 4),
+            "" if peak_gib is None else f"{peak_gib:.2f}",
             "" if seconds is None else _duration(seconds),
         )
     parts = [f"{number} {name}" for name, number in snapshot["counts"].items() if number]
@@ -301,10 +306,6 @@ class _Gpus:
         if self._open:
             self._nvml.nvmlShutdown()
             self._open, self._handles = False, {}
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else f"{value:{form}}"
 
 
 def _duration(seconds: float) -> str:

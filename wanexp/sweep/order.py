@@ -1,4 +1,4 @@
-"""The order of a sweep's runs. Pure."""
+"""The order of a sweep's runs, and which of its cells are the same. Pure."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ def schedule(cells: Sequence[SweepRun], *, order: str, repeats: int) -> list[Swe
 
     Interleaved, because what drifts (heat, clocks, neighbours) then hits every cell alike. order: `given`, or `cheap`:
     by predicted GPU seconds, then by the number of devices and the peak, so that there is much to see early. A cell
-    that cannot run says so once.
+    that is not run says so once.
     """
     ordered = sorted(cells, key=cheapness) if order == "cheap" else list(cells)
+    skip_twins(ordered)
     return [
         _repeat(cell, number)
         for number in range(1, repeats + 1)
@@ -22,9 +23,17 @@ def schedule(cells: Sequence[SweepRun], *, order: str, repeats: int) -> list[Swe
     ]
 
 
+def skip_twins(cells: Sequence[SweepRun]) -> None:
+    """Have each cell skipped that comes to the layout and settings of an earlier one, such as hybrid on two GPUs."""
+    first: dict[str, SweepRun] = {}
+    for cell in cells:
+        if cell.work and first.setdefault(cell.work, cell) is not cell:
+            cell.skip = f"same layout as {first[cell.work].name}"
+
+
 def can_run(cell: SweepRun) -> bool:
-    """Whether the plan knows of something to run."""
-    return cell.forecast is not None and bool(cell.forecast.needed)
+    """Whether the plan knows of something to run, and nothing speaks against it."""
+    return not (cell.error or cell.skip) and cell.forecast is not None and bool(cell.forecast.needed)
 
 
 def cheapness(cell: SweepRun) -> tuple[float, int, int, int]:

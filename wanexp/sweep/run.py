@@ -29,8 +29,10 @@ class SweepCell:
 class SweepRun:
     """One repeat of one cell.
 
-    index: of the cell in the grid. config: as Hydra composed it; settings: the same, checked, None where `error` says
-    what is wrong with it. is_kept: an earlier invocation ran it. seconds: that it took, preparations included.
+    index: of the cell in the grid. config: as Hydra composed it; settings: the same, checked, None where its values
+    are wrong. error: the mistake in it. cell: fingerprint of its config; work: of what it comes to, equal for cells of
+    one layout and the same settings, "" where it comes to nothing. skip: why it is not run though it could be. is_kept:
+    an earlier invocation ran it. seconds: that it took, preparations included.
     """
 
     index: int
@@ -46,6 +48,8 @@ class SweepRun:
     is_kept: bool = False
     seconds: float | None = None
     notes: list[str] = field(default_factory=list)  # of the launcher, for this run
+    work: str = ""
+    skip: str = ""
 
     @property
     def name(self) -> str:

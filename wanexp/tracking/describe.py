@@ -201,14 +201,31 @@ def thin(series: Sequence[Any], limit: int) -> Sequence[Any]:
     return [series[round(i * (len(series) - 1) / (limit - 1))] for i in range(limit)]
 
 
+def number(value: float, digits: int = 3) -> str:
+    """`0.000120`, `8.10`, `12,345`: so many digits and all before the point; never an exponent."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
 def milliseconds(value: float) -> str:
     """`8.12 ms`, `812 ms`, `12.3 s`: three digits."""
-    return f"{value / 1000:.3g} s" if value >= 9999.5 else f"{_three_digits(value)} ms"
+    return f"{number(value / 1000)} s" if value >= 9999.5 else f"{_three_digits(value)} ms"
 
 
 def gibibytes(value: float) -> str:
     """`7.1 GiB`, `24.5 MiB`."""
     return f"{value:.1f} GiB" if value >= 0.95 else f"{_three_digits(value * 1024)} MiB"
+
+
+def loading(metrics: Mapping[str, float]) -> str | None:
+    """`12.3 s, 2.31 GiB/s`, or `weights made in 1.70 s` where nothing was read."""
+    seconds, rate = metrics.get("load/seconds"), metrics.get("load/gib_per_second")
+    if seconds is None:
+        return None
+    if metrics.get("load/read_gib") == 0:
+        return f"weights made in {number(seconds)} s"
+    return f"{number(seconds)} s" + (f", {number(rate)} GiB/s" if rate is not None else "")
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -244,8 +261,8 @@ def _count(record: Record) -> str | None:
     count = num_devices(record)
     if count is None:
         return None
-    kind = {"cpu": "CPU", "cuda": "GPU"}.get(str(record.effective.get("device_type")), "devices")
-    return f"{count} {kind}"
+    kind = {"cpu": "CPU", "cuda": "GPU"}.get(str(record.effective.get("device_type")))
+    return f"{count} {kind}" if kind else plural(count, "device")
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

@@ -12,11 +12,13 @@ from wanexp.tracking.describe import (
     devices_of,
     gibibytes,
     group_name,
+    loading,
     mapping,
     metrics_of,
     milliseconds,
     mode,
     num_devices,
+    number,
     present,
     setup_of,
     weights,
@@ -25,12 +27,10 @@ from wanexp.tracking.describe import (
 MAX_LISTED = 32  # devices, warnings
 MAX_MESSAGE = 1000
 TRACEBACK_LINES = 12
-FACTS = {  # row of the table -> metric, format
-    "Throughput": ("throughput/videos_per_hour", "{:.3g} videos/hour"),
-    "Frames": ("throughput/frames_per_second", "{:.3g} frames/s"),
-    "Model FLOP utilisation": ("mfu", "{:.1%} of the dense peak"),
-    "Energy": ("energy/joules_per_step", "{:.4g} J/step"),
-    "Loading": ("load/seconds", "{:.3g} s"),
+FACTS = {  # row of the table -> metric, unit
+    "Throughput": ("throughput/videos_per_hour", "videos/hour"),
+    "Frames": ("throughput/frames_per_second", "frames/s"),
+    "Energy": ("energy/joules_per_step", "J/step"),
 }
 
 
@@ -92,9 +92,13 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
         )
     if "latency/forward_ms" in metrics:
         yield "Forward time", milliseconds(metrics["latency/forward_ms"])
-    for name, (key, form) in FACTS.items():
+    for name, (key, unit) in FACTS.items():
         if key in metrics:
-            yield name, form.format(metrics[key])
+            yield name, f"{number(metrics[key])} {unit}"
+    if "mfu" in metrics:
+        yield "Model FLOP utilisation", f"{metrics['mfu']:.1%} of the dense peak"
+    if loaded := loading(metrics):
+        yield "Loading", loaded
     if "memory/peak_allocated_gib" in metrics:
         yield "Peak memory, fullest device", f"**{gibibytes(metrics['memory/peak_allocated_gib'])}**"
     parity = metrics.get("parity/rel_l2")
@@ -141,7 +145,7 @@ def _memory_table(record: Record) -> list[str]:
 def _memory_cell(column: str, values: Mapping[str, float]) -> str:
     if column not in values:
         return ""
-    return gibibytes(values[column]) if column.endswith("_gib") else f"{values[column]:.4g}"
+    return gibibytes(values[column]) if column.endswith("_gib") else number(values[column], 4)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

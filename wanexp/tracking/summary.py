@@ -6,7 +6,6 @@ There is one a sweep. It is made anew whenever the sweep is, and only then is th
 import json
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -168,11 +167,13 @@ def summary_note(report: Report) -> str:
 def cell_params(sweep: Sweep) -> dict[str, str]:
     """A line a cell: MLflow shows params on a run's first page, and no chart is made of them."""
     found: dict[str, str] = {}
+    judged: dict[int, answers.Against] = {}
+    for setting in sweep.settings:
+        judged |= answers.verdicts(sweep.of_setting(setting))
     for cell in sweep.cells:
         parts = [answers.amount(cell)] if cell.runs else [cell.outcome]
-        base = answers.baseline_of(cell, sweep.of_setting(cell.setting))
-        if cell.is_finished and cell.steps_ms and base not in (None, cell) and base:
-            parts.append(f"{answers.gain(base, cell):.2f}x {base.label}")
+        if id(cell) in judged:
+            parts.append(str(judged[id(cell)]))
         if cell.peak_gib is not None:
             parts.append(describe.gibibytes(cell.peak_gib))
         name = " ".join([cell.setting, cell.label] if len(sweep.settings) > 1 else [cell.label])
@@ -185,14 +186,14 @@ def comparison_table(sweep: Sweep) -> dict[str, list[str | float | None]]:
     columns: dict[str, list[str | float | None]] = {}
     for setting in sweep.settings:
         cells = sweep.of_setting(setting)
+        judged = answers.verdicts(cells)
         for cell in cells:
-            for name, value in _row(cell, cells).items():
+            for name, value in _row(cell, judged.get(id(cell))).items():
                 columns.setdefault(name, []).append(value)
     return columns or {"cell": []}
 
 
-def _row(cell: Cell, cells: Sequence[Cell]) -> dict[str, str | float | None]:
-    base = answers.baseline_of(cell, cells)
+def _row(cell: Cell, judged: answers.Against | None) -> dict[str, str | float | None]:
     timed = bool(cell.is_finished and cell.steps_ms)
     return {
         "setting": cell.setting,
@@ -202,7 +203,9 @@ def _row(cell: Cell, cells: Sequence[Cell]) -> dict[str, str | float | None]:
         "outcome": cell.outcome,
         "step ms": cell.time_ms(LATENCY) if timed else None,
         "ms a sample": cell.time_ms(THROUGHPUT) if timed else None,
-        "gain over baseline": answers.gain(base, cell) if timed and base else None,
+        "gain over baseline": answers.gain(judged.base, cell)
+        if judged and not judged.comparison.says_nothing
+        else None,
         "videos/hour": cell.videos_per_hour,
         "peak GiB": cell.peak_gib,
         "runs": float(len(cell.steps_ms)),
