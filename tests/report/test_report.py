@@ -1,5 +1,6 @@
 """Figures, both pages, and the command: what stands in them, and what a hostile record cannot do to them."""
 
+import json
 import os
 import re
 import subprocess
@@ -219,6 +220,23 @@ def test_the_command_writes_both_pages(tmp_path: Path, capsys: pytest.CaptureFix
     links = re.findall(r"\]\((figures/.*?\.png)\)", markdown)
     assert len(links) == 10 and all((folder / link).is_file() for link in links)
     assert page.count("<img") == 10
+
+
+def test_the_runs_stand_beside_the_report_as_data(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", scaling_sweep(1))
+    assert command.main([str(folder)]) == 0
+    found = json.loads((folder / "runs.json").read_text())
+    records = {tuple(record.overrides): record for record in scaling_sweep(1)}
+    assert len(found["runs"]) == 22 and found["sweep"] == "s"
+    for run in found["runs"]:
+        record = records.get(tuple(run["overrides"]))
+        if record is None:
+            assert run["outcome"] in ("skipped", "waiting") and "metrics" not in run
+        else:
+            assert (run["outcome"], run["metrics"]) == (record.outcome, record.metrics)
+            assert [device["name"] for device in run["devices"]] == [
+                device["name"] for device in record.effective["devices"]
+            ]
 
 
 def test_cells_that_never_ran_are_repeated_by_their_overrides(tmp_path: Path) -> None:

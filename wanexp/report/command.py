@@ -1,10 +1,11 @@
-"""Write the report on a sweep: one HTML page, the same in Markdown, and its figures as PNG and SVG.
+"""Write the report on a sweep: one HTML page, the same in Markdown, its figures as PNG and SVG, the runs as JSON.
 
 With --against an older sweep it also says which cells got slower; noise alone hardly ever looks like that
 (docs/reviewing.md has the rates).
 """
 
 import argparse
+import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from wanexp.report.compose import Report, compose
 from wanexp.report.page import to_html, to_markdown
 from wanexp.tracking.describe import clean_key
 
-HTML, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
+HTML, MARKDOWN, RUNS, FIGURES = "report.html", "report.md", "runs.json", "figures"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """Both pages and the figures, into `folder`; figures of an older report that are no longer made are removed."""
+    """Both pages, the figures and the data, into `folder`; figures of an older report that are no longer made go."""
     figures = folder / FIGURES
     figures.mkdir(parents=True, exist_ok=True)
     for drawn in report.figures:
@@ -74,6 +75,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
             path.unlink()
     (folder / HTML).write_text(to_html(report.title, report.blocks))
     (folder / MARKDOWN).write_text(to_markdown(report.blocks, figures=FIGURES))
+    (folder / RUNS).write_text(json.dumps(report.runs, indent=1) + "\n")
     return [folder / HTML, folder / MARKDOWN]
 
 

@@ -4,7 +4,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from wanexp.report import answers, figures_memory, figures_speed
@@ -13,6 +13,7 @@ from wanexp.report.drawing import NOT_RUN, Drawn
 from wanexp.report.machine import environment_facts, machine
 from wanexp.report.modes import LATENCY, THROUGHPUT
 from wanexp.report.page import Block, Code, Heading, Picture, Table, Terms, Text
+from wanexp.report.runs import runs_document
 from wanexp.report.tables import cell_tables
 from wanexp.tracking.describe import plural
 from wanexp.tracking.location import tool_command
@@ -31,7 +32,7 @@ OF_A_SWEEP = (
 @dataclass(frozen=True)
 class Report:
     """A sweep's page. headline: the answers of the first setting. regressions: cells that got worse, in words.
-    against: what else the comparison with an older sweep came to; empty without one.
+    against: what else the comparison with an older sweep came to; empty without one. runs: the data, `runs_document`.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Report:
     figures: list[Drawn]
     regressions: list[str]
     against: str = ""
+    runs: dict[str, Any] = field(default_factory=dict)
 
 
 def compose(sweep: Sweep, *, before: Sweep | None = None, baseline: str | None = None) -> Report:
@@ -76,7 +78,7 @@ def compose(sweep: Sweep, *, before: Sweep | None = None, baseline: str | None =
         against = change_sentence(before, found)
     blocks += not_finished(sweep) + commands(sweep) + machine(sweep) + warnings(sweep)
     headline = answers.answers(sweep.of_setting(sweep.settings[0]), baseline) if sweep.cells else []
-    return Report(title, top + blocks, headline, figures, regressions, against)
+    return Report(title, top + blocks, headline, figures, regressions, against, runs_document(sweep))
 
 
 def draw(cells: Sequence[Cell], baseline: str | None) -> list[Drawn]:
