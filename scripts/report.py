@@ -5,7 +5,7 @@ import sys
 
 from own_python import use_own_python
 
-use_own_python()
+use_own_python("matplotlib")
 
 from wanexp.report.command import main
 

@@ -84,7 +84,8 @@ def run(
             if record.outcome == "finished":
                 record.message = prepared.remark
     except UserError as error:
-        if not sweep and not record.effective:
+        has_begun = bool(record.effective) or outer_rank() is not None
+        if not sweep and not has_begun:
             raise
         lacks_kernel = record.error is not None and record.error.get("type") == NO_KERNEL
         is_no_fault = isinstance(error, LayoutError | KernelError) or lacks_kernel

@@ -337,7 +337,11 @@ def test_what_is_no_finding_does_not_end_with_1(tmp_path: Path, monkeypatch: pyt
         assert command.main([str(folder)]) == 2
     without = "import sys; sys.modules['matplotlib'] = None; import runpy; runpy.run_path(sys.argv[1])"
     done = subprocess.run(
-        [sys.executable, "-c", without, SCRIPT], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", without, SCRIPT],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stderr.startswith("error: matplotlib")
 
