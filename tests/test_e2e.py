@@ -136,7 +136,6 @@ def test_an_outer_torchrun_of_the_wrong_size(command, tmp_path):
     assert done.returncode == 1
     line = "error: torchrun started 2 processes, the layout (blocks=2) has 1 ranks; write --nproc-per-node 1"
     assert done.stderr.count(line) == 1
-    assert "exitcode  : 2" in done.stderr, "rank 0's"
     assert only_run(tmp_path)[1].outcome == "failed"
 
 
