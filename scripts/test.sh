@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The tests: sets .venv up if need be, then pytest with the arguments given.
+# The tests: sets .venv up if need be, then pytest with the arguments given. Two files at a time, as many tests wait for
+# processes of their own.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh test
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -36,6 +36,12 @@ def texts_of(drawn: Drawn | None) -> str:
     return " ".join(re.findall(r"<!-- (.*?) -->", drawn.svg.decode()))
 
 
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take seconds to draw."""
+    monkeypatch.setattr("wanexp.report.compose.draw", lambda *_: [])
+
+
 @pytest.fixture(scope="module")
 def every_figure() -> list[Drawn]:
     return draw(cells_of(scaling_sweep(3)), None)
@@ -77,6 +83,7 @@ def page_of(records: list[Record]) -> str:
     return to_markdown(compose(Sweep("s", cells_of(records))).blocks)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_tables_mark_what_is_not_credible_and_have_no_exponents() -> None:
     records = [record_of("none", 1), record_of("cfg_parallel", 2), record_of("context_parallel", 2)]
     for record, steps in zip(
@@ -101,6 +108,7 @@ def test_the_tables_mark_what_is_not_credible_and_have_no_exponents() -> None:
     assert "| loaded in 5.30 s |" in page_of(records)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_page_says_which_baseline_is_missing() -> None:
     modes = [("data_parallel", 2), ("block_distribution", 2), ("cfg_parallel", 2), ("block_distribution", 4)]
     page = page_of([record_of(mode, count) for mode, count in modes])
@@ -222,6 +230,7 @@ def test_the_command_writes_both_pages(tmp_path: Path, capsys: pytest.CaptureFix
     assert page.count("<img") == 10
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_runs_stand_beside_the_report_as_data(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "s", scaling_sweep(1))
     assert command.main([str(folder)]) == 0
@@ -239,6 +248,7 @@ def test_the_runs_stand_beside_the_report_as_data(tmp_path: Path) -> None:
             ]
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_cells_that_never_ran_are_repeated_by_their_overrides(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "s", scaling_sweep(1))
     assert command.main([str(folder)]) == 0
@@ -259,6 +269,7 @@ def test_the_command_of_one_cell_has_nothing_of_the_sweep_but_its_file() -> None
     assert single_run(["+sweep=mlperf", *grid]) == ["+sweep=mlperf", "gpus=[0]", "hydra.mode=RUN"]
 
 
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("s", "resume=true"), (None, "sweep_name=2026-11-26_20-00-00 resume=true")],
@@ -278,6 +289,7 @@ def test_a_sweep_that_is_not_whole_says_what_runs_the_rest(
     assert f"python -m wanexp -m 'gpus=[0],[0,1]' {expected}\n" in text
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_against_an_older_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = write_sweep(tmp_path / "old", small_sweep())
     same = write_sweep(tmp_path / "same", small_sweep(seed=1))
@@ -293,6 +305,7 @@ def test_against_an_older_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "Against old: nothing to compare" in capsys.readouterr().out, "no good news"
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_against_says_that_the_machine_changed(tmp_path: Path) -> None:
     old, now = small_sweep(), small_sweep()
     for record in old:
