@@ -57,7 +57,8 @@ def best_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
                     and (goal is None or row["layout"] == f"blocks={gpus}")
                 ]
                 best = max(own, key=lambda row: row["speed-up"], default=None)
-                words = f"{best['mode']}, {best['layout']}" if best else "not measured"
+                missing = f"{goal.mode}: not measured" if goal else "not measured"
+                words = f"{best['mode']}, {best['layout']}" if best else missing
                 words += f", {best['samples']} samples" if best and best["samples"] > 1 else ""
                 text = f"{best['speed-up']:.2f}x" if best else ""
                 want = f"{asked.speedup:g}x" if asked else ""
