@@ -126,9 +126,9 @@ def layouts_markdown(results: list[Path], out: Path) -> str:
     places = [path.relative_to(out.parent) if path.is_relative_to(out.parent) else path for path in results]
     lines = [
         "",
-        "Fused kernels and fa3 on two H200, as `scripts/bench_layouts.py` and sweeps measured them in "
+        "Fused kernels and fa3 on one to four H200, as `scripts/bench_layouts.py` and sweeps measured them in "
         f"{', '.join(f'[{path}]({path})' for path in places)}. Predicted by the planner as it is, from "
-        "the overrides and the profile: `scripts/check_planner.py layouts` makes this table. Peaks: GiB of GPU 0 / 1.",
+        "the overrides and the profile: `scripts/check_planner.py layouts` makes this table. Peaks: GiB of each GPU.",
         "",
         "Rows without a mode are of mode none, rows without a video of 480p; the number at the end of some is that of "
         "the samples.",

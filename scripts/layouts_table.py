@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wanexp.record import Record
+from wanexp.report.runs import run_entry
 
 Runs = Sequence[tuple[str, Path, Record]]
 """The name of its case, its folder, and the record, of each run."""
@@ -171,16 +172,5 @@ def write_table(runs: Runs, out: Path) -> None:
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(lines))
-    kept = [
-        {
-            "overrides": record.overrides,
-            "outcome": record.outcome,
-            "message": record.message,
-            "layout": record.plan["layout"],
-            "metrics": record.metrics,
-            "samples": record.samples,
-            "warnings": record.warnings,
-        }
-        for record in records
-    ]
+    kept = [{"layout": record.plan["layout"], **run_entry(record)} for record in records]
     out.with_suffix(".json").write_text(json.dumps({"rows": rows, "runs": kept}, indent=1) + "\n")

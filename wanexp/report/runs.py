@@ -31,10 +31,11 @@ def _of_cell(cell: Cell) -> list[dict[str, Any]]:
                 "message": cell.reason,
             }
         ]
-    return [{"cell": cell.label, **_of_record(run.record)} for run in cell.runs]
+    return [{"cell": cell.label, **run_entry(run.record)} for run in cell.runs]
 
 
-def _of_record(record: Record) -> dict[str, Any]:
+def run_entry(record: Record) -> dict[str, Any]:
+    """One run: what KEPT names, what ran, on which devices."""
     effective: Mapping[str, Any] = record.effective
     devices = [describe.mapping(device) for device in effective.get("devices") or []]
     return {

@@ -126,7 +126,9 @@ def quantise_by_kernels(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, tokens, heads, head_dim = x.shape
     peaks = x.new_zeros(batch, heads, dtype=torch.float32)
-    descale = torch.empty_like(peaks)  # memory of its own: compiled code asserts that an operator's results are aligned
+    descale = torch.empty_like(
+        peaks
+    )  # memory of its own: compiled code asserts that an operator's results are aligned
     values = torch.empty(x.shape, dtype=FP8, device=x.device)
     sizes = {"HEAD_DIM": head_dim, "WIDTH": 1 << (head_dim - 1).bit_length(), "TOKENS": TOKENS_AT_ONCE}
     grid = (heads, -(-tokens // TOKENS_AT_ONCE), batch)
