@@ -2,9 +2,10 @@
 """Where a forward spread over GPUs spends its time: its kernels, by stream, beside those of one GPU.
 
 Context parallelism (Ulysses): the same model whole on each GPU, split with the exchanges carried by copy engines and by
-the process group, and split with nothing exchanged at all (a wrong answer: what is left is the computing). What is lost
-between half the time of one GPU and the time of two shows in which kernels take longer, in waits (`wait_signal`), and
-in gaps. FSDP: the model whole, and in shards that copy engines or the process group bring together.
+the process group, and split with nothing exchanged at all (a wrong answer: what is left is the computing); with copy
+engines also with all rows attended at once. What is lost between half the time of one GPU and the time of two shows in
+which kernels take longer, in waits (`wait_signal`), and in gaps. FSDP: the model whole, and in shards that copy engines
+or the process group bring together.
 
 First all take turns and are timed, then each is profiled.
 
@@ -128,15 +129,16 @@ def split_models(
         model.load_state_dict(weights, assign=True)
         return use_kernels(model.requires_grad_(False), device, attention)
 
-    def split(memory: Any = None) -> WanTransformer:
+    def split(memory: Any = None, **settings: Any) -> WanTransformer:
         model = whole()
-        context_parallel(model, ulysses=dist.group.WORLD, ring=None, memory=memory)
+        context_parallel(model, ulysses=dist.group.WORLD, ring=None, memory=memory, **settings)
         return model
 
     assert dist.group.WORLD is not None
     found = {"whole": whole(), "collectives": split()}
     if device.type == "cuda" and (memories := open_peer_memory([dist.group.WORLD], device)):
         found["copies"] = split(memories[0])
+        found["copies, all rows at once"] = split(memories[0], apart=False)
     carrier, ulysses.Collectives = ulysses.Collectives, Nothing  # type: ignore[assignment,misc]
     found["nothing exchanged"] = split()
     ulysses.Collectives = carrier  # type: ignore[misc]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 
 from tests.offload.models import SMALL, inputs, load, meta_model
 from wanexp.parallel.layout import split_evenly
@@ -70,6 +71,13 @@ def _memory_of_all(device: torch.device) -> PeerMemory:
     return memories[0]
 
 
+def _mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In place of an attention: to the bit the same for a row of q, whichever rows are beside it."""
+    return (
+        q.float().mul(2).add(k.float().mean(1, keepdim=True)).sub(v.float().amax(1, keepdim=True)).bfloat16()
+    )
+
+
 def _exchange(device: torch.device, rank: int) -> list[float]:
     memory, differences = _memory_of_all(device), []
     torch.manual_seed(rank)
@@ -79,15 +87,13 @@ def _exchange(device: torch.device, rank: int) -> list[float]:
         shapes = (batch, shares[rank], heads, 64)
         q, k, v = (torch.randn(shapes, device=device).bfloat16() for _ in range(3))
         results = []
-        for carrier in (None, memory):
+        for carrier, apart in ((None, False), (memory, False), (memory, True), (memory, False)):
             exchange = Exchange(memory.group, lambda shares=shares: shares, Traffic(), carrier)
             for _ in range(3):  # one after the other, so that places are written to again
                 sent = exchange.send(v), exchange.send(k)
-                out = exchange.attend(
-                    lambda q, k, v: q.float().mul(2).add(k).sub(v).bfloat16(), q, sent[1], sent[0]
-                )
-            results.append(out)
-        differences.append((results[0].float() - results[1].float()).abs().max().item())
+                out = exchange.attend(_mixed, q, sent[1], sent[0], apart=apart)
+            results.append(out.float())
+        differences += [(other - results[0]).abs().max().item() for other in results[1:]]
     return differences
 
 

@@ -26,7 +26,13 @@ from wanexp.parallel.sequence_split import degree_of, gather_tokens, rank_in
 from wanexp.parallel.shares import head_shares, padded_rows, token_shares
 from wanexp.parallel.traffic import Traffic
 from wanexp.parallel.ulysses import Exchange
-from wanexp.wan.attention import AttentionFunction, AttentionWithLse, attention_with_lse, kernel_name
+from wanexp.wan.attention import (
+    AttentionFunction,
+    AttentionWithLse,
+    attention_with_lse,
+    is_lossy,
+    kernel_name,
+)
 from wanexp.wan.block import SelfAttention, WanBlock
 from wanexp.wan.fused import release
 from wanexp.wan.rope import Rope
@@ -42,6 +48,7 @@ def context_parallel(
     ulysses: ProcessGroup | None,
     ring: ProcessGroup | None,
     memory: PeerMemory | None = None,
+    apart: bool = True,
 ) -> Traffic:
     """Split the tokens of every forward of `model` over the ranks of both groups; returns what counts the bytes sent.
 
@@ -52,12 +59,13 @@ def context_parallel(
         ulysses: the ranks with this rank's ring rank, neighbours in token order; None for a degree of 1.
         ring: the ranks with this rank's Ulysses rank; None for a degree of 1.
         memory: of the Ulysses group, to have copy engines carry its exchanges; None: the group itself does.
+        apart: with copy engines, attend own rows while those of the others travel, where the kernel allows it.
 
     Raises:
         LayoutError: more Ulysses ranks than heads; at the first forward, more ranks than tokens.
-        UserError: a ring over attention that has no kernel name; at a forward, gradients that are switched on.
+        UserError: a ring, or copies, over attention without a kernel name; at a forward, gradients switched on.
     """
-    split = _SplitForward(ulysses, ring, memory)
+    split = _SplitForward(ulysses, ring, memory, apart)
     head_shares(model.architecture.num_heads, split.num_ulysses)
     for index, block in enumerate(model.blocks):
         assert isinstance(block, WanBlock)
@@ -75,7 +83,11 @@ class _SplitForward:
     """The hooks of a model, and the shares of the forward that is under way."""
 
     def __init__(
-        self, ulysses: ProcessGroup | None, ring: ProcessGroup | None, memory: PeerMemory | None
+        self,
+        ulysses: ProcessGroup | None,
+        ring: ProcessGroup | None,
+        memory: PeerMemory | None,
+        apart: bool,
     ) -> None:
         self.traffic = Traffic()
         self.num_ulysses, self.num_ring = degree_of(ulysses), degree_of(ring)
@@ -85,6 +97,8 @@ class _SplitForward:
         self._rounds: deque[torch.cuda.Event] = deque()  # of the ring, the last ones
         self.shares: tuple[tuple[int, ...], ...] = ()  # tokens of each rank, [ring rank][ulysses rank]
         self._own: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        # Around a ring all rows go together.
+        self.apart = apart and memory is not None and ring is None
         self.exchange: Exchange | None = None
         if self.ulysses is not None:
             self.exchange = Exchange(self.ulysses, lambda: self.group_shares, self.traffic, memory)
@@ -175,21 +189,22 @@ class _SplitForward:
     def wrap(self, attention: SelfAttention) -> None:
         """Put what meets the other ranks around the kernel of `attention`."""
         attend = attention.attend
+        apart = self.apart and not is_lossy(kernel_name(attend))  # in float8 all rows of q have one scale
         if self.ring is not None:
             attend = partial(self._around_ring, attention_with_lse(kernel_name(attend)))
         attention.send = torch.compiler.disable(self._send)
-        attention.attend = torch.compiler.disable(partial(self._attend, attend))
+        attention.attend = torch.compiler.disable(partial(self._attend, attend, apart))
 
     def _send(self, x: Tensor) -> Any:
         """Of v or k [batch, rows, heads, head_dim] the tokens, on their way where they are exchanged."""
         own = x[:, : self.own_tokens]
         return own if self.exchange is None else self.exchange.send(own)
 
-    def _attend(self, attend: AttentionFunction, q: Tensor, k: Any, v: Any) -> Tensor:
+    def _attend(self, attend: AttentionFunction, apart: bool, q: Tensor, k: Any, v: Any) -> Tensor:
         """q and the result: [batch, rows, heads, head_dim]; k and v as of `_send`."""
         own = q[:, : self.own_tokens]
         if self.exchange is not None:
-            return self.exchange.attend(attend, own, k, v, rows=self.rows)
+            return self.exchange.attend(attend, own, k, v, rows=self.rows, apart=apart)
         attended = q.new_empty(q.shape)
         attended[:, : self.own_tokens] = attend(own, k, v)
         attended[:, self.own_tokens :].zero_()

@@ -7,14 +7,15 @@ No multiprocessor moves the bytes, so that what is computed meanwhile keeps all 
 symmetric memory: peer access over NVLink or PCIe between the processes of one machine.
 
 A flag acknowledges nothing. Whoever writes to a place a second time must know, from something that it got since, that
-its owner is done with what was there; how, those who use this say (`ulysses.py`). What is only ever read
-(`peer_shards.py`) needs no flags.
+its owner is done with what was there; how, those who use this say (`ulysses.py`). An exchange of nothing is a flag of
+its own. What is only ever read (`peer_shards.py`) needs no flags.
 """
 
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,17 +35,24 @@ os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 _opened: "list[PeerMemory]" = []
 
 
+def nothing() -> None:
+    """Where there is nothing to wait for."""
+
+
 class PeerMemory:
     """The memory of this rank and its view of the others'. Made, and reserved, by all ranks of `group` together.
 
     num_bytes: on each rank. num_begun: exchanges that this rank has begun; who lags behind the others of its group
-    in this holds them up.
+    in this holds them up. until_read: has the current stream wait until the others have read what they got last, where
+    something else does not tell.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self.group, self.device = group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._copying = torch.cuda.Stream(device)
+        self._beside = torch.cuda.Stream(device, priority=-1)
+        self.until_read: Callable[[], None] = nothing
         self.num_bytes = 0
         self.num_begun = 0
         self._own: Any = None
@@ -71,6 +79,7 @@ class PeerMemory:
         torch.cuda.synchronize(self.device)
         self._of_ranks = []
         self._own = self._handle = None
+        self.until_read = nothing
         # It is free when all have let go of it, and old and new might not both fit; nor is free what torch keeps.
         dist.barrier(self.group)
         torch.cuda.empty_cache()
@@ -86,19 +95,35 @@ class PeerMemory:
         """A flat view of `num_elements` in the memory of `rank` from byte `start` on, a multiple of their size."""
         return self._of_ranks[rank].narrow(0, start, num_elements * dtype.itemsize).view(dtype)
 
-    def exchange(self, parts: Mapping[int, tuple[int, Tensor]], channel: int) -> Callable[[], None]:
-        """Begin to copy to each other rank its part: (the byte where it belongs, a flat tensor).
+    def now(self) -> torch.cuda.Event:
+        """What the current stream has been given until here, for `beside`."""
+        return torch.cuda.current_stream(self.device).record_event()
 
-        What is returned has the current stream wait until the parts of all others have arrived here, and until those
-        of this rank, which must live as long, have left. One exchange a channel at a time.
+    @contextmanager
+    def beside(self, before: torch.cuda.Event) -> Iterator[None]:
+        """What is given to the GPU within runs after `before`, beside what the current stream has been given since.
+
+        It goes first where the GPU could begin with either.
+        """
+        self._beside.wait_event(before)
+        with torch.cuda.stream(self._beside):
+            yield
+
+    def exchange(self, parts: Mapping[int, tuple[int, Tensor]], channel: int) -> Callable[[], None]:
+        """Begin to copy to each other rank its part, if it has one: (the byte where it belongs, a flat tensor).
+
+        What is returned has the current stream wait until the parts of all others have arrived here, and that stream
+        and the present one until those of this rank, which must live as long, have left. One exchange a channel at a
+        time.
         """
         self.num_begun += 1
         computing = torch.cuda.current_stream(self.device)
         self._copying.wait_stream(computing)
         with torch.cuda.stream(self._copying):
             for rank in self.others:
-                start, part = parts[rank]
-                self.place(rank, start, len(part), part.dtype).copy_(part)
+                if rank in parts:
+                    start, part = parts[rank]
+                    self.place(rank, start, len(part), part.dtype).copy_(part)
                 flag = self._flag(rank, channel, of=self.rank)
                 flag.copy_(self._raised)  # by a copy engine too, after the part
             copied = self._copying.record_event()
@@ -106,7 +131,8 @@ class PeerMemory:
         def wait() -> None:
             for rank in self.others:
                 self._handle.wait_signal(rank, channel)  # and take the flag down
-            computing.wait_event(copied)
+            for stream in {computing, torch.cuda.current_stream(self.device)}:
+                stream.wait_event(copied)
 
         return wait
 

@@ -12,11 +12,19 @@ they are.
 What carries an all-to-all is the process group or, between GPUs that reach each other's memory, copy engines. With
 these each of v, k, q and o has a place in the memory of every rank, and is written there without asking: who has got
 the o of all ranks knows that all have read their v, k and q, and who has got the q of all that all have read their o.
+
+Copy engines leave the multiprocessors free, and the attention of a row of q needs no other row. So nobody waits for q
+and o either:
+
+    own rows, first half | rows of the others  | own rows, second half
+    q is on its way      | q has arrived       | o of the others' rows is on its way
+
+An o that is sent before the last rows are attended does not tell that v and k have been read: a flag behind them does.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import accumulate, cycle
 from typing import Protocol
 
 import torch
@@ -24,12 +32,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from wanexp.parallel.peer_memory import ALIGNMENT, PLACES, PeerMemory
+from wanexp.parallel.peer_memory import ALIGNMENT, PLACES, PeerMemory, nothing
 from wanexp.parallel.shares import head_shares
 from wanexp.parallel.traffic import Traffic
 from wanexp.wan.attention import AttentionFunction
 
-OUTPUT = 3  # of the PLACES in a rank's memory, which are those of v, k, q and o, the last
+VALUES, OUTPUT = 0, 3  # of the PLACES in a rank's memory, which are those of v, k, q and o
+READ = PLACES  # the channel after those of the places: a rank has read its v and k
+TILE_ROWS = 128  # of q that attention kernels take at a time
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,7 @@ class Exchange:
         self.rank = dist.get_rank(group)
         self.tokens = tokens
         self.traffic = traffic
+        self.memory = memory
         self.carrier: Carrier = Collectives(group) if memory is None else Copies(memory)
         self._places = cycle(range(OUTPUT))
 
@@ -101,24 +112,62 @@ class Exchange:
         return sent
 
     def attend(
-        self, attend: AttentionFunction, q: Tensor, k: "Sent", v: "Sent", *, rows: int | None = None
+        self,
+        attend: AttentionFunction,
+        q: Tensor,
+        k: "Sent",
+        v: "Sent",
+        *,
+        rows: int | None = None,
+        apart: bool = False,
     ) -> Tensor:
         """Self-attention of all tokens; `q` and the result are [batch, own tokens, heads, head_dim].
 
         `attend` gets [batch, all tokens, own heads, head_dim]. rows: tokens that the result is to have, zeros behind
-        the own ones; None for these alone.
+        the own ones; None for these alone. apart: some rows of q at a time, where copy engines carry.
         """
         batch, own_tokens, num_heads, head_dim = q.shape
         tokens = self.tokens()
         heads = head_shares(num_heads, len(tokens))
-        sent = self.send(q)
-        out = attend(sent.wait(), k.wait(), v.wait())
-        # Kernels lay their result out as q, tokens first: here nothing is copied.
-        packed = out.transpose(0, 1).contiguous().flatten()
         sizes = self._sizes(batch * head_dim, heads, tokens)
-        sent = self._start(Parcel(list(packed.split(sizes.packed)), packed), sizes, OUTPUT)
-        sent.wait()
-        return join_heads(sent.chunks(self.rank), (batch, own_tokens, head_dim), heads, rows or own_tokens)
+        sent = self.send(q)
+        if apart:
+            own, back = self._attend_apart(attend, (sent, k, v), tokens, sizes)
+        else:
+            packed = _flat(attend(sent.wait(), k.wait(), v.wait()))
+            chunks = list(packed.split(sizes.packed))
+            own, back = [chunks[self.rank]], self._start(Parcel(chunks, packed), sizes, OUTPUT)
+        runs = [[chunk] for chunk in back.wait().split(sizes.received)]
+        runs[self.rank] = own
+        return join_heads(runs, (batch, own_tokens, head_dim), heads, rows or own_tokens)
+
+    def _attend_apart(
+        self,
+        attend: AttentionFunction,
+        sent: tuple["Sent", "Sent", "Sent"],
+        tokens: Sequence[int],
+        sizes: Sizes,
+    ) -> tuple[list[Tensor], "Sent"]:
+        """Of q, k and v as sent: this rank's rows of the result, flat, and those of the others on their way."""
+        memory = self.memory
+        assert memory is not None
+        q, keys, values = sent[0].view, sent[1].wait(), sent[2].wait()
+        starts = [0, *accumulate(tokens)]
+        begin, end = starts[self.rank], starts[self.rank + 1]
+        middle = begin + (end - begin) // 2 // TILE_ROWS * TILE_ROWS
+        before = memory.now()
+        own = [_flat(attend(q[:, begin:middle], keys, values))] if begin < middle else []
+        with memory.beside(before):
+            sent[0].wait()
+            chunks = [keys.new_empty(0)] * len(tokens)
+            for first, last in ((0, self.rank), (self.rank + 1, len(tokens))):
+                if first < last:
+                    results = _flat(attend(q[:, starts[first] : starts[last]], keys, values))
+                    chunks[first:last] = results.split(sizes.packed[first:last])
+            back = self._start(Parcel(chunks), sizes, OUTPUT)
+        own.append(_flat(attend(q[:, middle:end], keys, values)))
+        memory.until_read = memory.exchange({}, channel=READ)
+        return own, back
 
     def _sizes(self, row: int, mine: Sequence[int], theirs: Sequence[int]) -> Sizes:
         """From my share of `mine` (tokens, or heads back again) and all of `theirs` to all of `mine`, mine of `theirs`.
@@ -174,6 +223,9 @@ class Copies:
 
     def start(self, parcel: Parcel, sizes: Sizes, place: int) -> "Sent":
         memory, like = self.memory, parcel.chunks[0]
+        if place == VALUES:
+            memory.until_read()
+            memory.until_read = nothing
         begin, element = self._begin(like, sizes, place), like.element_size()
         parts = {rank: (begin + sizes.starts[rank] * element, parcel.chunks[rank]) for rank in memory.others}
         arrive = memory.exchange(parts, channel=place)
@@ -202,20 +254,16 @@ class Sent:
     arrive: Callable[[], object]
     shape: tuple[int, ...] = (-1,)  # [all tokens, batch, own heads, head_dim]
 
-    def wait(self) -> Tensor:
-        """What arrived, as a view [batch, all tokens, own heads, head_dim] where it has a shape."""
-        self.arrive()
-        if len(self.shape) == 1:
-            return self.received
-        self.parcel = None
-        return self.received.view(self.shape).transpose(0, 1)
+    @property
+    def view(self) -> Tensor:
+        """[batch, all tokens, own heads, head_dim], or flat where it has no shape. Own rows are there at once."""
+        return self.received if len(self.shape) == 1 else self.received.view(self.shape).transpose(0, 1)
 
-    def chunks(self, rank: int) -> list[Tensor]:
-        """What arrived from each rank, flat; from `rank`, this one, what it had packed. After `wait`, once."""
-        assert self.parcel is not None
-        chunks = list(self.received.split(self.sizes.received))
-        chunks[rank], self.parcel = self.parcel.chunks[rank], None
-        return chunks
+    def wait(self) -> Tensor:
+        """`view`, whose rows have arrived for what the current stream is given from now on."""
+        self.arrive()
+        self.parcel = None
+        return self.view
 
 
 def pack_heads(x: Tensor, heads: Sequence[int], chunks: Sequence[Tensor]) -> None:
@@ -227,19 +275,26 @@ def pack_heads(x: Tensor, heads: Sequence[int], chunks: Sequence[Tensor]) -> Non
 
 
 def join_heads(
-    chunks: Sequence[Tensor], shape: tuple[int, int, int], heads: Sequence[int], rows: int
+    runs: Sequence[Sequence[Tensor]], shape: tuple[int, int, int], heads: Sequence[int], rows: int
 ) -> Tensor:
-    """[batch, rows, sum(heads), head_dim] of flat chunks, each [tokens, batch, its heads, head_dim].
+    """[batch, rows, sum(heads), head_dim] of flat runs of tokens, of each rank [tokens, batch, its heads, head_dim].
 
     shape: (batch, tokens, head_dim). Beyond `tokens` the rows are zeros.
     """
     batch, tokens, head_dim = shape
-    joined = chunks[0].new_empty(batch, rows, sum(heads), head_dim)
+    joined = runs[0][0].new_empty(batch, rows, sum(heads), head_dim)
     joined[:, tokens:].zero_()
     words = _words(joined)
-    for part, share, chunk in zip(words[:, :tokens].split(list(heads), dim=2), heads, chunks, strict=True):
-        part.copy_(chunk.view(words.dtype).view(tokens, batch, share, words.shape[-1]).transpose(0, 1))
+    for part, share, of_rank in zip(words[:, :tokens].split(list(heads), dim=2), heads, runs, strict=True):
+        chunks = [run.view(words.dtype).view(-1, batch, share, words.shape[-1]) for run in of_rank]
+        for rows_of, chunk in zip(part.split([len(chunk) for chunk in chunks], dim=1), chunks, strict=True):
+            rows_of.copy_(chunk.transpose(0, 1))
     return joined
+
+
+def _flat(attended: Tensor) -> Tensor:
+    """[batch, tokens, heads, head_dim], tokens first. Kernels lay their result out as q: nothing is copied."""
+    return attended.transpose(0, 1).contiguous().flatten()
 
 
 def _words(x: Tensor) -> Tensor:
