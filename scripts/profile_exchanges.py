@@ -5,7 +5,7 @@ Context parallelism (Ulysses): the same model whole on each GPU, split with the 
 the process group, and split with nothing exchanged at all (a wrong answer: what is left is the computing); with copy
 engines also with all rows attended at once. What is lost between half the time of one GPU and the time of two shows in
 which kernels take longer, in waits (`wait_signal`), and in gaps. FSDP: the model whole, and in shards that copy engines
-or the process group bring together.
+or the process group bring together; and whole while small copies keep the links awake, which tells what these draw.
 
 First all take turns and are timed, then each is profiled.
 
@@ -18,6 +18,7 @@ import dataclasses
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -40,7 +41,7 @@ from peer_models import random_weights
 from wanexp.parallel import ulysses
 from wanexp.parallel.context_parallel import context_parallel
 from wanexp.parallel.fsdp import shard_with_fsdp
-from wanexp.parallel.peer_memory import open_peer_memory
+from wanexp.parallel.peer_memory import PeerMemory, open_peer_memory
 from wanexp.parallel.peer_shards import shard_over_peers
 from wanexp.parallel.shares import shard_part
 from wanexp.parallel.ulysses import Parcel, Sent, Sizes
@@ -51,6 +52,7 @@ from wanexp.wan.weights import RandomWeights, load_weights
 
 ROUNDS, PROFILED = 5, 2
 SHOWN = 16  # kernels of a table
+SMALL_COPY = 64 * 1024  # bytes
 Forward = Callable[[], Tensor]
 
 
@@ -91,6 +93,9 @@ def main() -> None:
     attention = tuple(options.attention.split(","))
     models = {"ulysses": split_models, "fsdp": sharded_models}[options.mode](architecture, device, attention)
     forwards = forwards_of(models, architecture, case.latent_shape, device)
+    assert dist.group.WORLD is not None
+    if options.mode == "fsdp" and on_gpu and (memories := open_peer_memory([dist.group.WORLD], device)):
+        forwards["whole, links awake"] = partial(with_links_awake, forwards["whole"], memories[0])
     lines = [
         f"# {options.mode}: {case.model}, {case.video}, {options.layers} blocks, {dist.get_world_size()} ranks"
     ]
@@ -187,6 +192,29 @@ def forwards_of(
             return model(*inputs)
 
     return {name: partial(forward, model) for name, model in models.items()}
+
+
+def with_links_awake(forward: Forward, memory: PeerMemory) -> Tensor:
+    """`forward` while a small copy a millisecond goes to the next rank."""
+    memory.reserve(SMALL_COPY)
+    part = torch.zeros(SMALL_COPY, dtype=torch.uint8, device=memory.device)
+    place = memory.place(memory.others[0], 0, SMALL_COPY, torch.uint8)
+    stream, done = torch.cuda.Stream(memory.device), threading.Event()
+
+    def copy() -> None:
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            while not done.wait(0.001):
+                place.copy_(part, non_blocking=True)
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    try:
+        found = forward()
+        torch.cuda.synchronize(memory.device)
+    finally:
+        done.set()
+        thread.join()
+    return found
 
 
 def in_turns(forwards: Mapping[str, Forward], device: torch.device) -> dict[str, str]:
