@@ -5,7 +5,8 @@ from functools import cache
 
 from hydra import compose, initialize_config_dir
 
-from wanexp.config import RunConfig, conf_dir, register, to_run_config
+from wanexp.config import RunConfig, conf_dir, register
+from wanexp.config_reading import to_run_config
 from wanexp.errors import UserError
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.workloads.sizes import latent_shape, num_tokens

@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))  # works without an installation, too
 
 from hydra import compose, initialize_config_dir
 
-from wanexp.config import conf_dir, register, run_config_from_dict, to_run_config
+from wanexp.config import conf_dir, register
+from wanexp.config_reading import run_config_from_dict, to_run_config
 from wanexp.errors import UserError
 from wanexp.hardware.devices import device_from_dict
 from wanexp.hardware.profiles import profile_for

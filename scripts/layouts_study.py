@@ -10,7 +10,8 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from wanexp.config import RunConfig, conf_dir, register, to_run_config
+from wanexp.config import RunConfig, conf_dir, register
+from wanexp.config_reading import to_run_config
 from wanexp.errors import UserError
 from wanexp.hardware.devices import Device, find_devices, select_devices
 from wanexp.hardware.profiles import profile_for

@@ -9,7 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from wanexp.config import RunConfig, conf_dir, register, to_run_config
+from wanexp.config import RunConfig, conf_dir, register
+from wanexp.config_reading import to_run_config
 from wanexp.hardware.devices import Device
 
 # 32 video tokens, 4 blocks, 1.3 M parameters. As overrides, for the command line takes the same ones.

@@ -6,17 +6,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from wanexp.config import (
-    MODES,
-    WORKLOADS,
-    RunConfig,
-    conf_dir,
-    register,
-    run_config_from_dict,
-    to_dict,
-    to_run_config,
-)
+from wanexp.config import MODES, WORKLOADS, RunConfig, conf_dir, register, to_dict
 from wanexp.config_keys import unknown_key_message
+from wanexp.config_reading import run_config_from_dict, to_run_config
 from wanexp.errors import UserError
 
 GROUPS = sorted(path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra")

@@ -9,7 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from tests.conftest import cpu_devices
-from wanexp.config import AUTO_MODE, MODES, RunConfig, conf_dir, register, to_run_config
+from wanexp.config import AUTO_MODE, MODES, RunConfig, conf_dir, register
+from wanexp.config_reading import to_run_config
 from wanexp.parallel.layout import REFUSED_PRODUCTS, Layout
 from wanexp.parallel.pipeline import best_chunks, pipeline_time, place_chunks, stages_of
 from wanexp.parallel.shares import part_of_rank

@@ -22,7 +22,8 @@ from omegaconf import DictConfig
 
 from wanexp import __version__
 from wanexp.compose_errors import explain
-from wanexp.config import conf_dir, register, to_run_config
+from wanexp.config import conf_dir, register
+from wanexp.config_reading import to_run_config
 from wanexp.errors import UserError
 from wanexp.record import Record
 from wanexp.sweep import SweepCell, outer_rank

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from wanexp.config import AUTO_MODE, RunConfig, run_config_from_dict, to_dict
+from wanexp.config import AUTO_MODE, RunConfig, to_dict
+from wanexp.config_reading import run_config_from_dict
 from wanexp.errors import UserError
 from wanexp.events import Event
 from wanexp.hardware.devices import Device, device_from_dict, find_devices, select_devices

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from wanexp.config import RunConfig, run_config_from_dict
+from wanexp.config import RunConfig
+from wanexp.config_reading import run_config_from_dict
 from wanexp.errors import UserError
 from wanexp.record import Record, read_record
 from wanexp.tracking.describe import metrics_of, milliseconds

@@ -6,7 +6,8 @@ import math
 import pytest
 from hydra import compose, initialize_config_dir
 
-from wanexp.config import MODES, ParallelismConfig, RunConfig, conf_dir, register, to_run_config
+from wanexp.config import MODES, ParallelismConfig, RunConfig, conf_dir, register
+from wanexp.config_reading import to_run_config
 from wanexp.errors import LayoutError, UserError
 from wanexp.hardware.devices import Device
 from wanexp.hardware.profiles import profile_for

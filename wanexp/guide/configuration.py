@@ -9,14 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from wanexp.config import (
-    LOAD_DEVICES,
-    RunConfig,
-    conf_dir,
-    register,
-    to_run_config,
-)
+from wanexp.config import LOAD_DEVICES, RunConfig, conf_dir, register
 from wanexp.config_keys import did_you_mean, unknown_choice_message
+from wanexp.config_reading import to_run_config
 from wanexp.errors import UserError
 from wanexp.wan.architecture import WanArchitecture
 

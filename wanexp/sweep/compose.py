@@ -8,7 +8,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict
 
-from wanexp.config import RunConfig, to_dict, to_run_config
+from wanexp.config import RunConfig, to_dict
+from wanexp.config_reading import to_run_config
 from wanexp.errors import UserError
 from wanexp.parallel.layout import REPLICA_MODES
 from wanexp.planning.plan import Plan

@@ -23,7 +23,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from wanexp.config import TrackingConfig, check_sweep_name
+from wanexp.config import TrackingConfig
+from wanexp.config_reading import check_sweep_name
 from wanexp.errors import UserError
 from wanexp.record import Record
 from wanexp.sweep import files, resume
