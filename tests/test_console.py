@@ -18,7 +18,7 @@ from wanexp.config import (
     VideoConfig,
     WorkloadConfig,
 )
-from wanexp.console import Console, block_ranges
+from wanexp.console import Console
 from wanexp.guide.configuration import compose_config
 from wanexp.hardware.devices import Device
 from wanexp.plan_table import print_plan_table
@@ -27,6 +27,7 @@ from wanexp.planning.planner import plan_layouts, with_asked
 from wanexp.planning.task import devices_to_plan
 from wanexp.progress import show_progress
 from wanexp.record import Record
+from wanexp.start_card import block_ranges
 
 GPUS = tuple(gpu_device(index, peers=tuple({0, 1, 2, 3} - {index})) for index in range(4))
 CPUS = tuple(Device("cpu", index, "logical CPU device of Xeon", 64 * GIB, 60 * GIB) for index in range(8))
