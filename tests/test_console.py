@@ -8,7 +8,6 @@ import pytest
 import rich.console
 
 from tests.hardware.fake_nvml import GIB, gpu_device
-from wanexp import progress as progress_module
 from wanexp.config import (
     HardwareConfig,
     ModelConfig,
@@ -18,16 +17,17 @@ from wanexp.config import (
     VideoConfig,
     WorkloadConfig,
 )
-from wanexp.console import Console
 from wanexp.guide.configuration import compose_config
 from wanexp.hardware.devices import Device
-from wanexp.plan_table import print_plan_table
 from wanexp.planning.plan import make_plan
 from wanexp.planning.planner import plan_layouts, with_asked
 from wanexp.planning.task import devices_to_plan
-from wanexp.progress import show_progress
 from wanexp.record import Record
-from wanexp.start_card import block_ranges
+from wanexp.terminal import progress as progress_module
+from wanexp.terminal.console import Console
+from wanexp.terminal.plan_table import print_plan_table
+from wanexp.terminal.progress import show_progress
+from wanexp.terminal.start_card import block_ranges
 
 GPUS = tuple(gpu_device(index, peers=tuple({0, 1, 2, 3} - {index})) for index in range(4))
 CPUS = tuple(Device("cpu", index, "logical CPU device of Xeon", 64 * GIB, 60 * GIB) for index in range(8))

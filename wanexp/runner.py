@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from wanexp.config import RunConfig, conf_dir, to_dict
-from wanexp.console import Console, ProgressReporter
 from wanexp.errors import KernelError, LayoutError, UserError
 from wanexp.events import Event
 from wanexp.hardware.devices import find_devices, select_devices
@@ -32,6 +31,7 @@ from wanexp.planning.planner import cap_memory
 from wanexp.planning.preflight import Preflight, preflight
 from wanexp.record import Record
 from wanexp.sweep import outer_rank
+from wanexp.terminal.console import Console, ProgressReporter
 from wanexp.tracking.mlflow_store import track
 
 if TYPE_CHECKING:

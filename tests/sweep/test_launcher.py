@@ -19,7 +19,7 @@ from wanexp.sweep.plugin import gpu_counts
 
 
 class Fakes:
-    """In the place of wanexp.runner and wanexp.console. endings: by cell number, default finished."""
+    """In the place of wanexp.runner and wanexp.terminal.console. endings: by cell number, default finished."""
 
     def __init__(self) -> None:
         self.calls: list[dict] = []
@@ -46,7 +46,7 @@ class Fakes:
 @pytest.fixture
 def fakes(monkeypatch, tmp_path):
     fakes = Fakes()
-    runner, console = ModuleType("wanexp.runner"), ModuleType("wanexp.console")
+    runner, console = ModuleType("wanexp.runner"), ModuleType("wanexp.terminal.console")
     vars(runner)["run"] = fakes.run
 
     class Console:
@@ -55,7 +55,7 @@ def fakes(monkeypatch, tmp_path):
 
     vars(console)["Console"] = Console
     monkeypatch.setitem(sys.modules, "wanexp.runner", runner)
-    monkeypatch.setitem(sys.modules, "wanexp.console", console)
+    monkeypatch.setitem(sys.modules, "wanexp.terminal.console", console)
     monkeypatch.chdir(tmp_path)
     for name in ("HYDRA_FULL_ERROR", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)

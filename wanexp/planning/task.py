@@ -9,12 +9,12 @@ import json
 import psutil
 
 from wanexp.config import RunConfig, conf_dir
-from wanexp.console import Console
 from wanexp.hardware.devices import Device, find_devices, select_devices
 from wanexp.hardware.profiles import profile_for
-from wanexp.plan_table import print_plan_table
 from wanexp.planning.advice import nearest_that_fits
 from wanexp.planning.planner import cap_memory, plan_layouts, profile_devices, with_asked
+from wanexp.terminal.console import Console
+from wanexp.terminal.plan_table import print_plan_table
 
 
 def print_plan(config: RunConfig) -> None:

@@ -125,7 +125,7 @@ class SweepLauncher(Launcher):
         if self._lock is not None:
             self._lock.release()
         records = [run.record for run in self.runs if run.record is not None]
-        from wanexp.console import Console  # rich is slow to import
+        from wanexp.terminal.console import Console  # rich is slow to import
 
         Console().sweep_table(records)
         if records and self.config.sweep_report:

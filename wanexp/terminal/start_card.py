@@ -7,7 +7,7 @@ from rich.table import Table
 
 from wanexp.config import RunConfig
 from wanexp.planning.plan import Plan, is_lossy_run
-from wanexp.tables import plain_table
+from wanexp.terminal.tables import plain_table
 from wanexp.workloads.sizes import forwards_per_step, guidance_of, num_tokens
 
 GIB = 1024**3

@@ -16,13 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from wanexp.config import RunConfig
-from wanexp.end_table import device_table, parity_text, result_rows
 from wanexp.planning.plan import Plan
-from wanexp.progress import ProgressReporter, show_progress
 from wanexp.record import Record
-from wanexp.start_card import card_rows, placement_table
 from wanexp.sweep.fingerprint import NOT_OF_THE_CELL
-from wanexp.tables import LABEL_WIDTH, facts, plain_table
+from wanexp.terminal.end_table import device_table, parity_text, result_rows
+from wanexp.terminal.progress import ProgressReporter, show_progress
+from wanexp.terminal.start_card import card_rows, placement_table
+from wanexp.terminal.tables import LABEL_WIDTH, facts, plain_table
 from wanexp.tracking import describe
 
 TRACEBACK_LINES = 15

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from wanexp.config import RunConfig
-from wanexp.console import Console
 from wanexp.hardware.devices import Device
 from wanexp.planning.candidates import Candidate, Planned
 from wanexp.planning.layouts import BUYS
-from wanexp.start_card import GIB
-from wanexp.tables import facts, plain_table
+from wanexp.terminal.console import Console
+from wanexp.terminal.start_card import GIB
+from wanexp.terminal.tables import facts, plain_table
 from wanexp.workloads.sizes import num_tokens
 
 ROOM_FOR_BUYS = 110  # columns of a terminal that show what a layout buys, too

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from wanexp.record import Record
-from wanexp.tables import plain_table
+from wanexp.terminal.tables import plain_table
 from wanexp.tracking import describe
 
 DEVICE_COLUMNS = {  # of the end table: header -> metric of one device, decimals

@@ -1,0 +1,1 @@
+"""What a person sees while a run or a sweep goes on, and at its end."""
