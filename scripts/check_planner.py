@@ -31,9 +31,9 @@ from wanexp.config_reading import run_config_from_dict, to_run_config
 from wanexp.errors import UserError
 from wanexp.hardware.devices import device_from_dict
 from wanexp.hardware.profiles import profile_for
+from wanexp.plan_task import devices_to_plan
 from wanexp.planning.memory import predict_memory
 from wanexp.planning.plan import make_plan
-from wanexp.planning.task import devices_to_plan
 from wanexp.planning.time import predict_time
 from wanexp.record import Record, read_record
 

@@ -19,9 +19,9 @@ from wanexp.config import (
 )
 from wanexp.guide.configuration import compose_config
 from wanexp.hardware.devices import Device
+from wanexp.plan_task import devices_to_plan
 from wanexp.planning.plan import make_plan
 from wanexp.planning.planner import plan_layouts, with_asked
-from wanexp.planning.task import devices_to_plan
 from wanexp.record import Record
 from wanexp.terminal import progress as progress_module
 from wanexp.terminal.console import Console
@@ -284,7 +284,7 @@ def test_plan_table_marks_the_layout_asked_for(width):
 @WIDTHS
 def test_plan_table_of_logical_devices_counts_the_host_once_and_claims_no_speed(width, monkeypatch):
     devices = tuple(dataclasses.replace(device, free_bytes=40 * GIB) for device in CPUS)
-    monkeypatch.setattr("wanexp.planning.task.find_devices", lambda _: devices)
+    monkeypatch.setattr("wanexp.plan_task.find_devices", lambda _: devices)
     text = plan_text(width, "cpu", "parallelism=data_parallel")
     words = " ".join(text.split())
     assert "40.0 GiB free for all" in words and "GPU" not in words and "CUDA" not in words

@@ -19,8 +19,8 @@ from wanexp import multi_gpu_utils as api
 from wanexp.errors import CheckpointError, UserError
 from wanexp.guide import benchmark_runs, gpus
 from wanexp.guide.configuration import compose_config
+from wanexp.plan_task import devices_to_plan
 from wanexp.planning.planner import cap_memory, judge
-from wanexp.planning.task import devices_to_plan
 from wanexp.wan import load_transformer
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.safetensors_format import encode_header

@@ -143,7 +143,7 @@ def _execute(config: DictConfig, sweep: SweepCell | None) -> Record | None:
         if sweep is None and (run_config.resume or run_config.repeats > 1):
             raise UserError("resume and repeats are of a sweep; add -m, or leave them out")
         if run_config.task == "plan":
-            from wanexp.planning.task import print_plan  # rich is slow to import
+            from wanexp.plan_task import print_plan  # rich is slow to import
 
             print_plan(run_config)
         else:

@@ -12,10 +12,10 @@ from wanexp.hardware.devices import Device
 from wanexp.hardware.profiles import profile_for
 from wanexp.parallel.layout import Layout
 from wanexp.parallel.transport import choose_transport
+from wanexp.plan_task import devices_to_plan
 from wanexp.planning.memory import predict_memory
 from wanexp.planning.plan import make_plan
 from wanexp.planning.planner import plan_layouts
-from wanexp.planning.task import devices_to_plan
 from wanexp.planning.time import predict_time
 
 

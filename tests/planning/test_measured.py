@@ -13,10 +13,10 @@ import pytest
 from tests.planning.test_planner import composed
 from wanexp.config import conf_dir
 from wanexp.hardware.profiles import profile_for
+from wanexp.plan_task import devices_to_plan
 from wanexp.planning.candidates import Candidate
 from wanexp.planning.memory import GIB
 from wanexp.planning.planner import judge
-from wanexp.planning.task import devices_to_plan
 
 RING = ("parallelism=context_parallel", "parallelism.ulysses=1", "parallelism.ring=2")
 INTERLEAVED = ("parallelism=block_distribution", "parallelism.block_placement=interleaved")

@@ -11,12 +11,12 @@ from wanexp.config_reading import to_run_config
 from wanexp.errors import LayoutError, UserError
 from wanexp.hardware.devices import Device
 from wanexp.hardware.profiles import profile_for
+from wanexp.plan_task import devices_to_plan
 from wanexp.planning.advice import nearest_that_fits
 from wanexp.planning.candidates import Planned
 from wanexp.planning.memory import GIB
 from wanexp.planning.planner import judge, plan_layouts, with_asked
 from wanexp.planning.preflight import Preflight, preflight
-from wanexp.planning.task import devices_to_plan
 
 register()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.planning.test_planner import composed
-from wanexp.planning import task
+from wanexp import plan_task
 from wanexp.record import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ def test_a_plan_is_no_cell_of_a_sweep(tmp_path):
 
 def test_training_on_many_gpus_is_planned(capsys):
     config = composed("task=plan", "model=wan2.1_t2v_14b", "hardware=8x_h100", "video=720p", "workload=train")
-    task.print_plan(config)
+    plan_task.print_plan(config)
     out = capsys.readouterr().out
     assert "needs GiB" in out and "distributed x 2: needs" in out
 
