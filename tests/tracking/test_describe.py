@@ -114,6 +114,20 @@ def test_metrics_are_finite_and_have_clean_names() -> None:
     assert found["setup/tokens"] == 3 * 4 * 8
 
 
+def test_energy_of_a_video() -> None:
+    """A step of two replicas makes two samples, so a video costs half of 50 such steps."""
+    record = make_record()
+    record.metrics["energy/joules_per_step"] = 7200.0
+    assert "energy/wh_per_video" not in describe.metrics_of(record)  # of a model that does not tell its steps
+    record.requested["model"]["sampling_steps"] = 50
+    record.effective["batch_size"] = 2
+    assert describe.metrics_of(record)["energy/wh_per_video"] == pytest.approx(50.0)
+    assert "| Energy | 50.0 Wh/video |" in description(record, rerun="x")
+    record.requested["workload"]["name"] = "train"
+    assert "energy/wh_per_video" not in describe.metrics_of(record)
+    assert "| Energy of a step | 7,200 J |" in description(record, rerun="x")
+
+
 def test_points_are_series() -> None:
     points = list(describe.points_of(make_record()))
     steps = [point for point in points if point.key == "steps/step_ms"]

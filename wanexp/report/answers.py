@@ -11,7 +11,6 @@ from wanexp.report.modes import LATENCY, THROUGHPUT
 from wanexp.tracking import describe
 from wanexp.tracking.describe import gibibytes, milliseconds, number
 
-JOULES_PER_WH = 3600.0
 CREDIBLE_EFFICIENCY = 1.10  # above it there is noise, or a base that did other work
 
 
@@ -116,11 +115,7 @@ def gain(base: Cell, cell: Cell) -> float:
 
 def energy_wh(cell: Cell) -> float | None:
     """Of one video, all GPUs together; None without telemetry, and for training."""
-    joules, hourly = cell.metric("energy/joules_per_step"), cell.videos_per_hour
-    if joules is None or hourly is None:
-        return None
-    videos_per_step = hourly * cell.time_ms(LATENCY) / 3_600_000
-    return joules / videos_per_step / JOULES_PER_WH
+    return describe.wh_per_video(cell.record, cell.metric("energy/joules_per_step"))
 
 
 def cost_usd(cell: Cell) -> float | None:

@@ -84,10 +84,6 @@ class Cell:
     def finished_runs(self) -> list[Run]:
         return [run for run in self.runs if run.record.outcome == "finished"]
 
-    @property
-    def batch_size(self) -> float:
-        return describe.setup_of(self.record).get("setup/batch_size") or 1.0
-
     @cached_property
     def steps_ms(self) -> list[list[float]]:
         """Step times of each finished run, ms."""
@@ -97,7 +93,8 @@ class Cell:
         """What cells are compared by: step times, or for throughput times a sample."""
         if kind == LATENCY:
             return self.steps_ms
-        return [[step / self.batch_size for step in steps] for steps in self.steps_ms]
+        batch_size = describe.batch_size(self.record)
+        return [[step / batch_size for step in steps] for steps in self.steps_ms]
 
     def time_ms(self, kind: str) -> float:
         """Median of `times_ms`, of which there must be some."""
@@ -112,13 +109,9 @@ class Cell:
     @property
     def videos_per_hour(self) -> float | None:
         """From the median step; None for training."""
-        if not self.steps_ms:
+        if not self.steps_ms or (sampling_steps := describe.sampling_steps(self.record)) is None:
             return None
-        sampling_steps = describe.mapping(self.record.requested.get("model")).get("sampling_steps")
-        is_training = describe.group_name(self.record, "workload") == "train"
-        if not sampling_steps or is_training:
-            return None
-        return 3_600_000 * self.batch_size / (median_of(self.steps_ms) * float(sampling_steps))
+        return 3_600_000 * describe.batch_size(self.record) / (median_of(self.steps_ms) * sampling_steps)
 
     def metric(self, name: str) -> float | None:
         """Median of a metric over the finished runs, over all runs where none finished."""

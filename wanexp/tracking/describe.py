@@ -16,6 +16,7 @@ from wanexp.tracking.location import without_password
 MAX_KEY = 250  # MLflow's limits, in characters
 MAX_PARAM = 6000
 MAX_TAG = 8000
+JOULES_PER_WH = 3600.0
 MAX_SERIES_POINTS = 500  # of one telemetry series in MLflow; the record keeps all
 
 
@@ -90,9 +91,15 @@ def params_of(record: Record) -> dict[str, str]:
 
 
 def metrics_of(record: Record) -> dict[str, float]:
-    """The record's metrics and, under `setup/`, the numbers one plots them against. Finite values only."""
+    """The record's metrics, the energy of a video, and under `setup/` the numbers one plots them against.
+
+    Finite values only.
+    """
     found: dict[str, float] = {}
-    for key, value in {**setup_of(record), **record.metrics}.items():
+    derived = setup_of(record)
+    if (energy := wh_per_video(record, record.metrics.get("energy/joules_per_step"))) is not None:
+        derived["energy/wh_per_video"] = energy
+    for key, value in {**derived, **record.metrics}.items():
         if _is_finite(value):
             found.setdefault(clean_key(key), float(value))
     return found
@@ -112,6 +119,27 @@ def setup_of(record: Record) -> dict[str, float]:
         "setup/tokens": record.effective.get("tokens", _num_tokens(record)),
     }
     return {key: float(value) for key, value in found.items() if value is not None and _is_finite(value)}
+
+
+def sampling_steps(record: Record) -> float | None:
+    """How many steps make a video; None for training, which makes none."""
+    steps = mapping(record.requested.get("model")).get("sampling_steps")
+    return float(steps) if steps and group_name(record, "workload") != "train" else None
+
+
+def wh_per_video(record: Record, joules_per_step: float | None) -> float | None:
+    """Energy of a video on all GPUs together; None where that of a step is unknown, and for training.
+
+    A step of replicas computes several samples, so the energy of a step compares no modes.
+    """
+    if joules_per_step is None or (steps := sampling_steps(record)) is None:
+        return None
+    return joules_per_step * steps / batch_size(record) / JOULES_PER_WH
+
+
+def batch_size(record: Record) -> float:
+    """Samples that a step computes."""
+    return setup_of(record).get("setup/batch_size") or 1.0
 
 
 def points_of(record: Record) -> Iterator[Point]:

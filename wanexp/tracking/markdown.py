@@ -30,7 +30,8 @@ TRACEBACK_LINES = 12
 FACTS = {  # row of the table -> metric, unit
     "Throughput": ("throughput/videos_per_hour", "videos/hour"),
     "Frames": ("throughput/frames_per_second", "frames/s"),
-    "Energy": ("energy/joules_per_step", "J/step"),
+    "Energy": ("energy/wh_per_video", "Wh/video"),
+    "Energy of a step": ("energy/joules_per_step", "J"),
 }
 
 

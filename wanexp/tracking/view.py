@@ -33,7 +33,7 @@ CHARTS = (  # metrics that get a bar chart, in this order
     "latency/step_ms",
     "throughput/videos_per_hour",
     "memory/peak_allocated_gib",
-    "energy/joules_per_step",
+    "energy/wh_per_video",
 )
 MAX_BARS = 20
 FASTEST_FIRST = "metrics.`throughput/samples_per_second`"  # a step of replicas makes several samples
