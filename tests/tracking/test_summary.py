@@ -13,7 +13,8 @@ from wanexp.config import TrackingConfig
 from wanexp.errors import UserError
 from wanexp.record import Record
 from wanexp.report import command, compose
-from wanexp.report.collect import read_sweep
+from wanexp.report.cells import Run, Sweep
+from wanexp.report.collect import make_cells, read_sweep
 from wanexp.report.finish import finish_sweep
 from wanexp.tracking import describe, import_records, summary
 from wanexp.tracking.fetch import SUMMARY_TAG, fetch_sweep
@@ -61,14 +62,33 @@ def test_import_makes_one_summary_a_sweep(
     tag, state = sweep_view("s")
     assert experiment.tags[tag] == state and 'sweep_id = \\"s\\"' in state
     order = json.loads(state)
-    assert (order["orderByKey"], order["orderByAsc"]) == ("metrics.`throughput/samples_per_second`", False), (
-        "by time a sample: a step of replicas makes several"
-    )
+    assert (order["orderByKey"], order["orderByAsc"]) == ("metrics.`throughput/videos_per_hour`", False)
+    assert "its 2 fastest cells of latency modes side by side: http" in said
 
     assert import_records.main(["multirun"]) == 0  # again: the summaries are replaced
     second = {run.data.tags[SUMMARY_TAG]: run for run in summaries(sqlite_uri)}
     assert set(second) == {"s", "t"} and len(runs_in(sqlite_uri)) == 16
     assert second["s"].info.run_id != run.info.run_id
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_runs_are_sorted_by_a_column_that_is_shown(is_training: bool) -> None:
+    state = json.loads(sweep_view("s", is_training=is_training)[1])
+    metric = state["orderByKey"].removeprefix("metrics.").strip("`")
+    assert metric.startswith("throughput/") and ("videos" in metric) is not is_training
+    assert state["orderByKey"] in state["selectedColumns"]
+    assert metric in [chart["metricKey"] for chart in state["compareRunCharts"]]
+
+
+def test_the_fastest_cells_are_of_one_kind() -> None:
+    def fastest(*modes: tuple[str, int]) -> tuple[str, list[str]]:
+        cells = make_cells([Run(record_of(mode, num_gpus)) for mode, num_gpus in modes])
+        kind, found = summary.fastest_cells(Sweep("s", cells))
+        return kind, [cell.label for cell in found]
+
+    throughput = [("none", 1), ("data_parallel", 2), ("data_parallel", 4)]
+    assert fastest(*throughput) == ("throughput", ["data_parallel, 4 GPUs", "data_parallel, 2 GPUs"])
+    assert fastest(*throughput, ("cfg_parallel", 2)) == ("latency", ["cfg_parallel, 2 GPUs", "none, 1 GPU"])
 
 
 def test_a_summary_that_cannot_be_made_leaves_the_old_one(

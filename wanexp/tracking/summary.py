@@ -6,6 +6,7 @@ There is one a sweep. It is made anew whenever the sweep is, and only then is th
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -88,15 +89,17 @@ def _track_summary(sweep: Sweep, report: Report, folder: Path, tracking: Trackin
             raise
         for run_id in old:
             client.delete_run(run_id)
-        client.set_experiment_tag(experiment_id, *sweep_view(sweep.sweep_id))
-        best = _best_runs(client, experiment_id, sweep)
+        is_training = {describe.group_name(record, "workload") for record in sweep.records} == {"train"}
+        client.set_experiment_tag(experiment_id, *sweep_view(sweep.sweep_id, is_training=is_training))
+        kind, cells = fastest_cells(sweep)
+        best = _runs_of(client, experiment_id, cells)
     url = run_link(uri, experiment_id, run.info.run_id)
     lines = [f"MLflow: summary of sweep {sweep.sweep_id}", *_links(uri, url, tracking)]
     for what, link in (("its runs", sweep_link), ("its charts", charts_link)):
         if address := link(uri, experiment_id, sweep_view_key(sweep.sweep_id)):
             lines.append(f"  {what}: {address}")
     if len(best) > 1 and (address := compare_link(uri, experiment_id, best)):
-        lines.append(f"  its {len(best)} fastest cells side by side: {address}")
+        lines.append(f"  its {len(best)} fastest cells of {kind} modes side by side: {address}")
     return Tracked(url, lines, "logged")
 
 
@@ -123,11 +126,19 @@ def _fill(client: "MlflowClient", run_id: str, sweep: Sweep, report: Report, fol
     client.set_terminated(run_id, "FINISHED", max(ends, default=0) or None)
 
 
-def _best_runs(client: "MlflowClient", experiment_id: str, sweep: Sweep) -> list[str]:
-    """MLflow's ids of the runs of the fastest cells, one a cell."""
+def fastest_cells(sweep: Sweep) -> tuple[str, list[Cell]]:
+    """Cells of one kind, which is said first: of latency modes if there are two to compare, by their step; else of
+    throughput modes, by the time of a sample."""
     timed = [cell for cell in sweep.cells if cell.is_finished and cell.steps_ms]
+    kind = LATENCY if sum(cell.kind == LATENCY for cell in timed) > 1 else THROUGHPUT
+    own = [cell for cell in timed if cell.kind == kind]
+    return kind, sorted(own, key=lambda cell: cell.time_ms(kind))[:MAX_COMPARED]
+
+
+def _runs_of(client: "MlflowClient", experiment_id: str, cells: Sequence[Cell]) -> list[str]:
+    """MLflow's ids of their runs, one a cell."""
     found = []
-    for cell in sorted(timed, key=lambda c: c.time_ms(THROUGHPUT))[:MAX_COMPARED]:
+    for cell in cells:
         query = f"tags.`wanexp.run_id` = {quoted(cell.record.run_id)}"
         found += [run.info.run_id for run in client.search_runs([experiment_id], query, max_results=1)]
     return found

@@ -7,6 +7,7 @@ with a filter of its own loses it, so each sweep has a view that holds its filte
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from wanexp.tracking.location import VIEW_KEY
@@ -36,27 +37,39 @@ CHARTS = (  # metrics that get a bar chart, in this order
     "energy/wh_per_video",
 )
 MAX_BARS = 20
-FASTEST_FIRST = "metrics.`throughput/samples_per_second`"  # a step of replicas makes several samples
+SORTED_BY = (
+    "metrics.`throughput/videos_per_hour`"  # and not by the step: one of replicas makes several samples
+)
+IN_TRAINING = {  # which makes no videos: what stands in their place
+    "throughput/videos_per_hour": "throughput/samples_per_second",
+    "energy/wh_per_video": "energy/joules_per_step",
+}
 
 
-def view_state(query: str | None = None) -> str:
+def view_state(query: str | None = None, *, is_training: bool = False) -> str:
     """Value of a shared view's tag: a part of the page's state as JSON; what it leaves out takes MLflow's defaults.
 
-    query: the filter of runs.
+    query: the filter of runs, which are then sorted. is_training: whether they are all of training.
     """
-    selected = [column for column in COLUMNS if column.startswith(("metrics.", "tags."))]
+
+    def shown(name: str) -> str:
+        for video, other in IN_TRAINING.items() if is_training else ():
+            name = name.replace(video, other)
+        return name
+
+    columns = {shown(column): width for column, width in COLUMNS.items()}
     state: dict[str, Any] = {
-        "selectedColumns": selected,
-        "columnOrder": list(COLUMNS),
-        "columnWidths": COLUMNS,
+        "selectedColumns": [column for column in columns if column.startswith(("metrics.", "tags."))],
+        "columnOrder": list(columns),
+        "columnWidths": columns,
     }
     if query:
-        state |= {"searchFilter": query, "orderByKey": FASTEST_FIRST, "orderByAsc": False}
-    return json.dumps(state | charts_state())
+        state |= {"searchFilter": query, "orderByKey": shown(SORTED_BY), "orderByAsc": False}
+    return json.dumps(state | charts_state(map(shown, CHARTS)))
 
 
-def charts_state() -> dict[str, Any]:
-    """The bar charts of the chart view, in one section."""
+def charts_state(metrics: Iterable[str]) -> dict[str, Any]:
+    """A bar chart of each of `metrics` in the chart view, in one section."""
     section = "wanexp"
     charts = [
         {
@@ -68,7 +81,7 @@ def charts_state() -> dict[str, Any]:
             "deleted": False,
             "isGenerated": False,
         }
-        for place, metric in enumerate(CHARTS)
+        for place, metric in enumerate(metrics)
     ]
     sections = [
         {"uuid": section, "name": "Key figures", "display": True, "isReordered": False, "deleted": False}
@@ -87,10 +100,10 @@ def sweep_view_key(sweep_id: str) -> str:
     return f"{VIEW_KEY}-{hashlib.sha256(sweep_id.encode()).hexdigest()[:12]}"
 
 
-def sweep_view(sweep_id: str) -> tuple[str, str]:
+def sweep_view(sweep_id: str, *, is_training: bool = False) -> tuple[str, str]:
     """Tag and value of the view of one sweep: its runs, on our columns and charts, without its summary run."""
     query = f"tags.sweep_id = {quoted(sweep_id)} AND tags.mode != 'summary'"
-    return VIEW_PREFIX + sweep_view_key(sweep_id), view_state(query)
+    return VIEW_PREFIX + sweep_view_key(sweep_id), view_state(query, is_training=is_training)
 
 
 def quoted(value: str) -> str:
