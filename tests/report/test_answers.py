@@ -38,6 +38,11 @@ def test_a_tie_is_no_win() -> None:
         record.samples["step_ms"] = [6480.0 if record.effective["mode"] == "none" else 6479.0] * 5
     answer = dict(answers.answers(cells_of(records)))["Fastest"]
     assert answer == "none, 1 GPU: 6480 ms a step; the same within noise: block_distribution, 2 GPUs"
+    found = with_steps(
+        ("none", 1, [200.0] * 5), ("cfg_parallel", 2, [101.0] * 5), ("data_parallel", 2, [200.0] * 5)
+    )
+    assert found["Best throughput"].endswith("; the same within noise: cfg_parallel, 2 GPUs")
+    assert "noise" not in found["Fastest"]
     records = [record_of("cfg_parallel", 2, num_steps=2), record_of("context_parallel", 2, num_steps=2)]
     fastest = dict(answers.answers(cells_of(records)))["Fastest"]
     assert "; within 3%: context_parallel, 2 GPUs (too few samples to judge by" in fastest

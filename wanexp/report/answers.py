@@ -152,8 +152,7 @@ def answers(cells: Sequence[Cell], wanted: str | None = None) -> list[tuple[str,
         if base not in (None, leanest) and base and base.peak_gib:
             text += f", {(leanest.peak_gib or 0.0) / base.peak_gib:.0%} of {base.label}"
         found.append(("Least memory", text))
-    best = min(finished, key=lambda c: c.time_ms(THROUGHPUT))
-    found.append(("Best throughput", _throughput_answer(best, judged)))
+    found.append(("Best throughput", _best_throughput(finished, judged)))
     costs = [(cost, cell) for cell in finished if (cost := cost_usd(cell)) is not None]
     if costs:
         cost, cell = min(costs, key=lambda pair: pair[0])
@@ -164,34 +163,43 @@ def answers(cells: Sequence[Cell], wanted: str | None = None) -> list[tuple[str,
 def _fastest(
     candidates: Sequence[Cell], cells: Sequence[Cell], wanted: str | None, judged: Mapping[int, Against]
 ) -> str:
-    """The cell of the shortest step; of those that are the same within noise, the one with the fewest devices."""
-    shortest = min(candidates, key=lambda c: c.time_ms(LATENCY))
-    others = [cell for cell in candidates if cell is not shortest]
-    found = {id(cell): compare(shortest.steps_ms, cell.steps_ms, comparisons=len(others)) for cell in others}
-    tied = [shortest, *(cell for cell in others if found[id(cell)].verdict == "same")]
-    best = min(tied, key=lambda c: c.num_devices)
+    best, near = _best(candidates, LATENCY)
     text = f"{best.label}: {milliseconds(best.time_ms(LATENCY))} a step"
     if id(best) in judged:
         text += f", {judged[id(best)]}"
     elif baseline_of(best, cells, wanted) is None:
         text += f" (no speed-up: {no_base(wanted)})"
+    return text + near
+
+
+def _best_throughput(candidates: Sequence[Cell], judged: Mapping[int, Against]) -> str:
+    best, near = _best(candidates, THROUGHPUT)
+    hourly = best.videos_per_hour
+    a_second = 1000 / best.time_ms(THROUGHPUT)
+    amount = f"{number(hourly)} videos/hour" if hourly else f"{number(a_second)} samples/s"
+    return f"{best.label}: {amount}" + (f", {judged[id(best)]}" if id(best) in judged else "") + near
+
+
+def _best(candidates: Sequence[Cell], kind: str) -> tuple[Cell, str]:
+    """The cell of the shortest time, or of those that are the same within noise the one with the fewest devices; and
+    in words which others come near it."""
+    shortest, *others = sorted(candidates, key=lambda c: c.time_ms(kind))
+    times = shortest.times_ms(kind)
+    found = {id(cell): compare(times, cell.times_ms(kind), comparisons=len(others)) for cell in others}
+    tied = [shortest, *(cell for cell in others if found[id(cell)].verdict == "same")]
+    best = min(tied, key=lambda c: c.num_devices)
+    text = ""
     if len(tied) > 1:
         text += f"; the same within noise: {_some([cell.label for cell in tied if cell is not best])}"
     known = [cell for cell in others if found[id(cell)].low is not None]
     unclear = [cell.label for cell in known if found[id(cell)].verdict in ("unclear", "faster")]
-    text += f"; not clearly slower: {_some(unclear)}" if unclear else ""
-    if len(known) == len(others):
-        return text
-    near = [c.label for c in others if c not in known and found[id(c)].ratio <= 1 + SAME_MARGIN]
-    text += f"; within {SAME_MARGIN:.0%}: {_some(near)}" if near else ""
-    return f"{text} (too few samples to judge by: one cell or more has under {MIN_SAMPLES} steps)"
-
-
-def _throughput_answer(best: Cell, judged: Mapping[int, Against]) -> str:
-    hourly = best.videos_per_hour
-    a_second = 1000 / best.time_ms(THROUGHPUT)
-    amount = f"{number(hourly)} videos/hour" if hourly else f"{number(a_second)} samples/s"
-    return f"{best.label}: {amount}" + (f", {judged[id(best)]}" if id(best) in judged else "")
+    worse = "slower" if kind == LATENCY else "lower"
+    text += f"; not clearly {worse}: {_some(unclear)}" if unclear else ""
+    if len(known) < len(others):
+        close = [c.label for c in others if c not in known and found[id(c)].ratio <= 1 + SAME_MARGIN]
+        text += f"; within {SAME_MARGIN:.0%}: {_some(close)}" if close else ""
+        text += f" (too few samples to judge by: one cell or more has under {MIN_SAMPLES} steps)"
+    return best, text
 
 
 def _some(labels: Sequence[str], limit: int = 3) -> str:
