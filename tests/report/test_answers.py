@@ -6,6 +6,7 @@ import pytest
 
 from tests.report.made_up import ONE_GPU_MS, record_of, scaling_sweep, write_sweep
 from wanexp.errors import UserError
+from wanexp.measure.comparison import compare
 from wanexp.record import Record
 from wanexp.report import answers
 from wanexp.report.cells import Cell, Run, Sweep
@@ -96,6 +97,19 @@ def with_steps(*cells: tuple[str, int, list[float]]) -> dict[str, str]:
         records.append(record_of(mode, num_gpus))
         records[-1].samples["step_ms"] = steps
     return dict(answers.answers(cells_of(records)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "is_named"),
+    [([105.0, 106.0, 105.5, 105.2, 105.8], False), ([99.0, 112.0, 104.0, 108.0, 101.0], True)],
+)
+def test_not_clearly_slower_is_what_may_be_within_the_margin(steps: list[float], is_named: bool) -> None:
+    """Both are unclear: over steps the floor is 10 %. The first is nevertheless slower than the best by some 5 %."""
+    cells = (("cfg_parallel", 2, [100.0, 101.0, 100.5, 100.2, 100.8]), ("context_parallel", 2, steps))
+    assert compare([cells[0][2]], [steps]).verdict == "unclear"
+    found = with_steps(*cells)
+    for term, words in (("Fastest", "not clearly slower"), ("Best throughput", "not clearly lower")):
+        assert (f"; {words}: context_parallel, 2 GPUs" in found[term]) is is_named
 
 
 def test_two_steps_have_a_ratio_that_says_so() -> None:

@@ -182,7 +182,9 @@ def _best_throughput(candidates: Sequence[Cell], judged: Mapping[int, Against]) 
 
 def _best(candidates: Sequence[Cell], kind: str) -> tuple[Cell, str]:
     """The cell of the shortest time, or of those that are the same within noise the one with the fewest devices; and
-    in words which others come near it."""
+    in words which others come near it: within SAME_MARGIN, or their interval reaches so far. A cell may be named
+    nowhere: where the noise floor leaves the verdict open, though its interval lies clearly above.
+    """
     shortest, *others = sorted(candidates, key=lambda c: c.time_ms(kind))
     times = shortest.times_ms(kind)
     found = {id(cell): compare(times, cell.times_ms(kind), comparisons=len(others)) for cell in others}
@@ -191,12 +193,12 @@ def _best(candidates: Sequence[Cell], kind: str) -> tuple[Cell, str]:
     text = ""
     if len(tied) > 1:
         text += f"; the same within noise: {_some([cell.label for cell in tied if cell is not best])}"
-    known = [cell for cell in others if found[id(cell)].low is not None]
-    unclear = [cell.label for cell in known if found[id(cell)].verdict in ("unclear", "faster")]
+    lows = [(cell, found[id(cell)].low) for cell in others if found[id(cell)].verdict != "same"]
+    unclear = [cell.label for cell, low in lows if low is not None and low <= 1 + SAME_MARGIN]
     worse = "slower" if kind == LATENCY else "lower"
     text += f"; not clearly {worse}: {_some(unclear)}" if unclear else ""
-    if len(known) < len(others):
-        close = [c.label for c in others if c not in known and found[id(c)].ratio <= 1 + SAME_MARGIN]
+    if any(low is None for _, low in lows):
+        close = [c.label for c, low in lows if low is None and found[id(c)].ratio <= 1 + SAME_MARGIN]
         text += f"; within {SAME_MARGIN:.0%}: {_some(close)}" if close else ""
         text += f" (too few samples to judge by: one cell or more has under {MIN_SAMPLES} steps)"
     return best, text
