@@ -53,7 +53,7 @@ class Picture:
 Block = Heading | Text | Terms | Table | Code | Picture
 
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
+body{font:15px/1.5 system-ui,sans-serif;max-width:80rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
 h1{font-size:1.6rem;margin-bottom:.3rem}h2{margin-top:2.4rem;border-bottom:1px solid #ddd}h3{margin-top:1.6rem}
 dl.answers{background:#f4f7fa;border-left:4px solid #0072B2;padding:.8rem 1rem;margin:1rem 0}
 dl.answers dt{font-weight:700}dl.answers dd{margin:0 0 .5rem}

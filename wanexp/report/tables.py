@@ -82,7 +82,7 @@ def _times_table(
             row[7] = "baseline"
         row[9] = _number(cell.videos_per_hour)
         rows.append(row)
-    return _without_empty(head, rows, numeric=(2, 3, 4, 5, 6, 9))
+    return _without_empty(head, rows, numeric=(2, 3, 4, 5, 6, 8, 9))
 
 
 def _memory_table(cells: Sequence[Cell]) -> Table:
