@@ -47,6 +47,7 @@ def test_import_makes_one_summary_a_sweep(
     note = run.data.tags["mlflow.note.content"]
     assert note.startswith("**Fastest**: context_parallel, 2 GPUs") and "out of memory" in note
     assert len(note) <= describe.MAX_TAG
+    assert run.data.tags["outcome"] == "3 of 6 cells finished, 1 oom, 1 skipped, 1 waiting"
     assert run.data.params["context_parallel 2 GPUs"].endswith("x none, 1 GPU - 29.3 GiB")
     assert run.data.params["fsdp 2 GPUs"] == "oom"
     assert run.data.metrics == {}  # they would be charts beside those of the runs

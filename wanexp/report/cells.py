@@ -1,5 +1,6 @@
 """The cells of a sweep: runs of one config, with the names and numbers that a reader compares."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -156,6 +157,14 @@ class Sweep:
     @property
     def records(self) -> list[Record]:
         return [run.record for cell in self.cells for run in cell.runs]
+
+    @property
+    def outcomes(self) -> str:
+        """What became of the cells: `10 of 12 cells finished, 1 oom, 1 skipped`."""
+        count = Counter(cell.outcome for cell in self.cells)
+        done = count.pop("finished", 0)
+        finished = f"{done} of {describe.plural(len(self.cells), 'cell')} finished"
+        return ", ".join([finished, *(f"{number} {outcome}" for outcome, number in count.items())])
 
     @property
     def settings(self) -> list[str]:

@@ -198,17 +198,11 @@ def warnings(sweep: Sweep) -> list[Block]:
 
 def _state(sweep: Sweep) -> str:
     """`19 of 22 cells finished, 1 oom, 1 skipped, 1 waiting; 60 runs from 2026-11-22 20:00 to 2026-11-22 21:10 UTC.`"""
-    count = Counter(cell.outcome for cell in sweep.cells)
-    done = count.pop("finished", 0)
-    parts = [
-        f"{done} of {plural(len(sweep.cells), 'cell')} finished",
-        *(f"{n} {what}" for what, n in count.items()),
-    ]
     records = sweep.records
     started = sorted(record.started for record in records if record.started)
     ended = sorted(record.ended for record in records if record.ended)
     when = f" from {_moment(started[0])} to {_moment(ended[-1])} UTC" if started and ended else ""
-    said = f"{', '.join(parts)}; {plural(len(records), 'run')}{when}."
+    said = f"{sweep.outcomes}; {plural(len(records), 'run')}{when}."
     if _is_whole(sweep):
         return said
     return f"{said} The sweep is not whole ({sweep.document['state']}). This runs what is missing:"

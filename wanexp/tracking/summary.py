@@ -152,14 +152,11 @@ def summary_name(sweep: Sweep, report: Report) -> str:
 
 def summary_tags(sweep: Sweep, report: Report) -> dict[str, str]:
     """What finds the summary, and its description."""
-    unfinished = [cell for cell in sweep.cells if not cell.is_finished]
     return {
         "sweep_id": sweep.sweep_id,
         SUMMARY_TAG: sweep.sweep_id,
         "mode": "summary",
-        "outcome": "finished"
-        if not unfinished
-        else f"{len(unfinished)} of {len(sweep.cells)} cells not finished",
+        "outcome": "finished" if all(cell.is_finished for cell in sweep.cells) else sweep.outcomes,
         "mlflow.source.name": "wanexp",
         "mlflow.note.content": summary_note(report),
     }
