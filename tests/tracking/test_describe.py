@@ -22,20 +22,22 @@ def on_cpu() -> Record:
 
 
 def test_run_name_is_the_verdict() -> None:
-    assert describe.run_name(make_record()) == "block_distribution 2 GPU - 812 ms/step - 7.1 GiB - tiny"
+    assert describe.run_name(make_record()) == "block_distribution 2 GPUs - 812 ms/step - 7.1 GiB - tiny"
     variant = make_record(overrides=["parallelism=block_distribution_interleaved"])
-    assert describe.run_name(variant).startswith("block_distribution_interleaved 2 GPU - 812 ms/step")
+    assert describe.run_name(variant).startswith("block_distribution_interleaved 2 GPUs - 812 ms/step")
     auto = make_record(overrides=["parallelism=auto"])
-    assert describe.run_name(auto).startswith("block_distribution 2 GPU")
+    assert describe.run_name(auto).startswith("block_distribution 2 GPUs -")
     assert describe.run_name(on_cpu()).startswith("block_distribution 2 CPU - 812 ms/step")
     out_of_memory = make_record(outcome="oom", metrics={})
-    assert describe.run_name(out_of_memory) == "block_distribution 2 GPU - oom - tiny"
+    assert describe.run_name(out_of_memory) == "block_distribution 2 GPUs - oom - tiny"
     inexact = make_record(outcome="inexact")
-    assert describe.run_name(inexact) == "block_distribution 2 GPU - inexact - 812 ms/step - 7.1 GiB - tiny"
+    assert describe.run_name(inexact) == "block_distribution 2 GPUs - inexact - 812 ms/step - 7.1 GiB - tiny"
     skipped = make_record(outcome="skipped", effective={}, metrics={})
-    assert describe.run_name(skipped) == "block_distribution 2 devices - skipped - tiny"
+    assert describe.run_name(skipped) == "block_distribution 2 GPUs - skipped - tiny"
     skipped.requested["gpus"] = [0]
-    assert describe.run_name(skipped) == "block_distribution 1 device - skipped - tiny"
+    assert describe.run_name(skipped) == "block_distribution 1 GPU - skipped - tiny"
+    skipped.requested["hardware"]["device_type"] = "cpu"
+    assert describe.run_name(skipped) == "block_distribution 1 CPU - skipped - tiny"
 
 
 @pytest.mark.parametrize(

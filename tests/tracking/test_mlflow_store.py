@@ -46,7 +46,7 @@ def check_read_back(uri: str, tracked: Tracked, folder: Path) -> None:
     (run,) = runs_in(uri)
     client = client_of(uri)
     assert run.info.status == "FINISHED"
-    assert run.info.run_name == "block_distribution 2 GPU - 812 ms/step - 7.1 GiB - tiny"
+    assert run.info.run_name == "block_distribution 2 GPUs - 812 ms/step - 7.1 GiB - tiny"
     assert run.info.end_time - run.info.start_time == 90_500
     assert tracked.run_url is not None
     experiment = client.get_experiment(run.info.experiment_id)

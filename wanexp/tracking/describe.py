@@ -30,7 +30,7 @@ class Point(NamedTuple):
 
 
 def run_name(record: Record) -> str:
-    """The verdict in one line, `block_distribution 4 GPU - 812 ms/step - 7.1 GiB - wan2.1_t2v_14b 480p`.
+    """The verdict in one line, `block_distribution 4 GPUs - 812 ms/step - 7.1 GiB - wan2.1_t2v_14b 480p`.
 
     MLflow's table of runs shows nothing else until its reader picks columns.
     """
@@ -286,11 +286,13 @@ def group_name(record: Record, group: str) -> str | None:
 
 
 def _count(record: Record) -> str | None:
+    """`2 GPUs`, `2 CPU`; of a run that did not get as far as its devices, what the config asks for."""
     count = num_devices(record)
     if count is None:
         return None
-    kind = {"cpu": "CPU", "cuda": "GPU"}.get(str(record.effective.get("device_type")))
-    return f"{count} {kind}" if kind else plural(count, "device")
+    asked = mapping(record.requested.get("hardware")).get("device_type")
+    on_cpu = (record.effective.get("device_type") or asked) == "cpu"
+    return f"{count} CPU" if on_cpu else plural(count, "GPU")
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
