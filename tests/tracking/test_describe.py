@@ -141,6 +141,15 @@ def test_points_are_series() -> None:
     assert power[0].timestamp == describe.start_ms(make_record())
 
 
+@pytest.mark.parametrize(("outcome", "last_s"), [("finished", 4.0), ("inexact", 4.0), ("oom", 4.75)])
+def test_telemetry_ends_with_the_timed_steps(outcome: str, last_s: float) -> None:
+    """Of a run that did not get through them, all of it: its end is what one wants to see."""
+    record = make_record(outcome=outcome)
+    record.samples |= {"phase_s": {"set-up": 0.1, "measure": 1.0}, "step_ms": [1500.0, 1600.0]}
+    power = [point for point in describe.points_of(record) if point.key == "system/gpu0/power_w"]
+    assert power[-1].timestamp - power[0].timestamp == 1000 * last_s
+
+
 def test_telemetry_is_thinned_and_keeps_its_ends() -> None:
     series = [[0.25 * i, float(i)] for i in range(20_000)]
     points = [

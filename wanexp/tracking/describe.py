@@ -145,7 +145,8 @@ def batch_size(record: Record) -> float:
 def points_of(record: Record) -> Iterator[Point]:
     """Every value for MLflow: metrics, the samples as `steps/...`, telemetry as `system/...`.
 
-    MLflow shows names that begin with `system/` in a tab of their own.
+    MLflow shows names that begin with `system/` in a tab of their own, and of each the last value: telemetry ends with
+    the last timed step, not with a GPU that was given back.
     """
     start, end = start_ms(record), end_ms(record)
     for key, value in metrics_of(record).items():
@@ -155,10 +156,19 @@ def points_of(record: Record) -> Iterator[Point]:
             for step, value in enumerate(samples):
                 if _is_finite(value):
                     yield Point(clean_key(f"steps/{key.replace('.', '/')}"), float(value), end, step)
+    until = _end_of_steps_s(record)
     for key, series in record.telemetry.items():
-        rows = [row for row in series if len(row) == 2 and all(map(_is_finite, row))]
+        rows = [row for row in series if len(row) == 2 and all(map(_is_finite, row)) and row[0] <= until]
         for step, (seconds, value) in enumerate(thin(rows, MAX_SERIES_POINTS)):
             yield Point(clean_key(f"system/{key}"), float(value), start + round(seconds * 1000), step)
+
+
+def _end_of_steps_s(record: Record) -> float:
+    """Seconds from the start of telemetry to the end of the last timed step; infinite unless all were timed."""
+    begin = mapping(record.samples.get("phase_s")).get("measure")
+    if record.outcome not in ("finished", "inexact") or begin is None:
+        return math.inf
+    return float(begin) + sum(record.samples.get("step_ms") or []) / 1000
 
 
 def mode(record: Record) -> str | None:
