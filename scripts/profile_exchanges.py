@@ -4,8 +4,9 @@
 Context parallelism (Ulysses): the same model whole on each GPU, split with the exchanges carried by copy engines and by
 the process group, and split with nothing exchanged at all (a wrong answer: what is left is the computing); with copy
 engines also with all rows attended at once. What is lost between half the time of one GPU and the time of two shows in
-which kernels take longer, in waits (`wait_signal`), and in gaps. FSDP: the model whole, and in shards that copy engines
-or the process group bring together; and whole while small copies keep the links awake, which tells what these draw.
+which kernels take longer, in waits (`wait_signal`), and in times when nothing computes. FSDP: the model whole, and in
+shards that copy engines or the process group bring together; and whole while small copies keep the links awake, which
+tells what these draw.
 
 First all take turns and are timed, then each is profiled.
 
@@ -15,6 +16,7 @@ First all take turns and are timed, then each is profiled.
 
 import argparse
 import dataclasses
+import math
 import os
 import statistics
 import sys
@@ -22,7 +24,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,7 @@ def wait(device: torch.device) -> None:
 
 
 def kernel_table(forward: Forward, device: torch.device) -> list[str]:
-    """The kernels and copies of a forward by their time, as Markdown; gaps on the stream that computes."""
+    """The kernels and copies of a forward by their time, as Markdown; and how long nothing computes."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     forward()
     wait(device)
@@ -269,10 +270,12 @@ def kernel_table(forward: Forward, device: torch.device) -> list[str]:
             f"| {total:.2f} | {calls:.0f} | {sum(times) / len(times):.1f} | {stream} | `{name[:70]}` |"
         )
     if rows:
-        computing = rows[0][0][0]
-        own = sorted((start, end) for start, end, stream, _ in events if stream == computing)
-        gaps = sum(max(0.0, after[0] - before[1]) for before, after in pairwise(own))
-        lines += ["", f"Gaps on stream {computing}: {gaps / PROFILED / 1000:.2f} ms a forward."]
+        idle, busy_until = 0.0, math.inf
+        for start, end, _, name in sorted(events):
+            if not name.startswith(("Memcpy PtoP", "Memset")) and "wait_signal" not in name:
+                idle += max(0.0, start - busy_until)
+                busy_until = end if busy_until == math.inf else max(busy_until, end)
+        lines += ["", f"No stream computes for {idle / PROFILED / 1000:.2f} ms a forward."]
     return lines
 
 

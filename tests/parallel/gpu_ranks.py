@@ -79,21 +79,30 @@ def _mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _exchange(device: torch.device, rank: int) -> list[float]:
+    """Attentions by copies less those by collectives: rows apart and not, with new tensors each, and slow streams."""
     memory, differences = _memory_of_all(device), []
     torch.manual_seed(rank)
+    slow = (torch.cuda.current_stream(device), memory._beside, memory._copying, None)
     for tokens, heads, batch in ((37, 5, 1), (1000, 12, 2), (999, 9, 1), (5000, 40, 1), (37, 5, 1)) * 4:
         first = tokens - tokens // 3
         shares = [first, *split_evenly(tokens - first, memory.size - 1)]
-        shapes = (batch, shares[rank], heads, 64)
-        q, k, v = (torch.randn(shapes, device=device).bfloat16() for _ in range(3))
-        results = []
-        for carrier, apart in ((None, False), (memory, False), (memory, True), (memory, False)):
-            exchange = Exchange(memory.group, lambda shares=shares: shares, Traffic(), carrier)
-            for _ in range(3):  # one after the other, so that places are written to again
+        exchanges = [
+            Exchange(memory.group, lambda shares=shares: shares, Traffic(), carrier)
+            for carrier in (None, memory)
+        ]
+        for number in range(6):  # one after the other, so that places are written to again
+            stream = slow[number % 4]
+            if stream is not None and (len(differences) + number) % memory.size == rank:
+                with torch.cuda.stream(stream):
+                    torch.cuda._sleep(5_000_000)
+            q, k, v = (
+                torch.randn(batch, shares[rank], heads, 64, device=device).bfloat16() for _ in range(3)
+            )
+            results = []
+            for exchange, apart in zip(exchanges, (False, number % 3 > 0), strict=True):
                 sent = exchange.send(v), exchange.send(k)
-                out = exchange.attend(_mixed, q, sent[1], sent[0], apart=apart)
-            results.append(out.float())
-        differences += [(other - results[0]).abs().max().item() for other in results[1:]]
+                results.append(exchange.attend(_mixed, q, sent[1], sent[0], apart=apart).float())
+            differences.append((results[0] - results[1]).abs().max().item())
     return differences
 
 

@@ -63,7 +63,7 @@ def context_parallel(
 
     Raises:
         LayoutError: more Ulysses ranks than heads; at the first forward, more ranks than tokens.
-        UserError: a ring, or copies, over attention without a kernel name; at a forward, gradients switched on.
+        UserError: a ring, or rows apart, over attention without a kernel name; at a forward, gradients switched on.
     """
     split = _SplitForward(ulysses, ring, memory, apart)
     head_shares(model.architecture.num_heads, split.num_ulysses)

@@ -43,8 +43,8 @@ class PeerMemory:
     """The memory of this rank and its view of the others'. Made, and reserved, by all ranks of `group` together.
 
     num_bytes: on each rank. num_begun: exchanges that this rank has begun; who lags behind the others of its group
-    in this holds them up. until_read: has the current stream wait until the others have read what they got last, where
-    something else does not tell.
+    in this holds them up. until_read: has the current stream wait until the others have read what they got last; set
+    where nothing that they send tells it.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
@@ -112,9 +112,9 @@ class PeerMemory:
     def exchange(self, parts: Mapping[int, tuple[int, Tensor]], channel: int) -> Callable[[], None]:
         """Begin to copy to each other rank its part, if it has one: (the byte where it belongs, a flat tensor).
 
-        What is returned has the current stream wait until the parts of all others have arrived here, and that stream
-        and the present one until those of this rank, which must live as long, have left. One exchange a channel at a
-        time.
+        Returns `wait`. The stream that is current when it is called waits until the parts of all others have arrived
+        here; that stream, and the one that is current now, until those of this rank have left, which must live as
+        long. One exchange a channel at a time.
         """
         self.num_begun += 1
         computing = torch.cuda.current_stream(self.device)

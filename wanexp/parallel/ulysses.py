@@ -11,20 +11,20 @@ they are.
 
 What carries an all-to-all is the process group or, between GPUs that reach each other's memory, copy engines. With
 these each of v, k, q and o has a place in the memory of every rank, and is written there without asking: who has got
-the o of all ranks knows that all have read their v, k and q, and who has got the q of all that all have read their o.
+the q of all ranks knows that all have read their o, and who has got the o of all that all have read their v, k and q.
 
-Copy engines leave the multiprocessors free, and the attention of a row of q needs no other row. So nobody waits for q
-and o either:
+Copy engines leave the multiprocessors free, and the attention of a row of q needs no other row. So rows are attended
+apart, and nobody waits for q and o either:
 
     own rows, first half | rows of the others  | own rows, second half
     q is on its way      | q has arrived       | o of the others' rows is on its way
 
-An o that is sent before the last rows are attended does not tell that v and k have been read: a flag behind them does.
+Such an o is sent before the last rows are attended: that v, k and q have been read a flag behind these tells.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, cycle
+from itertools import cycle
 from typing import Protocol
 
 import torch
@@ -38,7 +38,7 @@ from wanexp.parallel.traffic import Traffic
 from wanexp.wan.attention import AttentionFunction
 
 VALUES, OUTPUT = 0, 3  # of the PLACES in a rank's memory, which are those of v, k, q and o
-READ = PLACES  # the channel after those of the places: a rank has read its v and k
+READ = PLACES  # the channel after those of the places: a rank has read its v, k and q
 TILE_ROWS = 128  # of q that attention kernels take at a time
 
 
@@ -96,15 +96,16 @@ class Exchange:
         self.carrier: Carrier = Collectives(group) if memory is None else Copies(memory)
         self._places = cycle(range(OUTPUT))
 
-    def send(self, x: Tensor) -> "Sent":
+    def send(self, x: Tensor, *, own_first: bool = False) -> "Sent":
         """Start to give each rank its heads of `x` [batch, own tokens, heads, head_dim], and take mine of all.
 
-        Three times an attention: v, k and, by `attend`, q.
+        Three times an attention: v, k and, by `attend`, q. own_first: what a rank receives begins with its own tokens
+        and goes on with those of the ranks after it, around the group; by copy engines only.
         """
         batch, _, num_heads, head_dim = x.shape
         tokens, place = self.tokens(), next(self._places)
         heads = head_shares(num_heads, len(tokens))
-        sizes = self._sizes(batch * head_dim, tokens, heads)
+        sizes = self._sizes(batch * head_dim, tokens, heads, own_first=own_first)
         parcel = self.carrier.parcel(x, sizes, place)
         pack_heads(x, heads, parcel.chunks)
         sent = self._start(parcel, sizes, place)
@@ -130,11 +131,10 @@ class Exchange:
         tokens = self.tokens()
         heads = head_shares(num_heads, len(tokens))
         sizes = self._sizes(batch * head_dim, heads, tokens)
-        sent = self.send(q)
         if apart:
-            own, back = self._attend_apart(attend, (sent, k, v), tokens, sizes)
+            own, back = self._attend_apart(attend, self.send(q, own_first=True), k, v, own_tokens, sizes)
         else:
-            packed = _flat(attend(sent.wait(), k.wait(), v.wait()))
+            packed = _flat(attend(self.send(q).wait(), k.wait(), v.wait()))
             chunks = list(packed.split(sizes.packed))
             own, back = [chunks[self.rank]], self._start(Parcel(chunks, packed), sizes, OUTPUT)
         runs = [[chunk] for chunk in back.wait().split(sizes.received)]
@@ -142,43 +142,47 @@ class Exchange:
         return join_heads(runs, (batch, own_tokens, head_dim), heads, rows or own_tokens)
 
     def _attend_apart(
-        self,
-        attend: AttentionFunction,
-        sent: tuple["Sent", "Sent", "Sent"],
-        tokens: Sequence[int],
-        sizes: Sizes,
+        self, attend: AttentionFunction, q: "Sent", k: "Sent", v: "Sent", own_tokens: int, sizes: Sizes
     ) -> tuple[list[Tensor], "Sent"]:
-        """Of q, k and v as sent: this rank's rows of the result, flat, and those of the others on their way."""
+        """The result of this rank's rows, flat, and that of the others' on its way. sizes: of o."""
         memory = self.memory
         assert memory is not None
-        q, keys, values = sent[0].view, sent[1].wait(), sent[2].wait()
-        starts = [0, *accumulate(tokens)]
-        begin, end = starts[self.rank], starts[self.rank + 1]
-        middle = begin + (end - begin) // 2 // TILE_ROWS * TILE_ROWS
+        rows, keys, values = q.view, k.wait(), v.wait()
+        middle = own_tokens // 2 // TILE_ROWS * TILE_ROWS
         before = memory.now()
-        own = [_flat(attend(q[:, begin:middle], keys, values))] if begin < middle else []
+        # Ahead of `q.wait`, after which the stream of these also waits for what q was sent from.
+        own = [_flat(attend(rows[:, :middle], keys, values))] if middle else []
         with memory.beside(before):
-            sent[0].wait()
-            chunks = [keys.new_empty(0)] * len(tokens)
-            for first, last in ((0, self.rank), (self.rank + 1, len(tokens))):
-                if first < last:
-                    results = _flat(attend(q[:, starts[first] : starts[last]], keys, values))
-                    chunks[first:last] = results.split(sizes.packed[first:last])
+            q.wait()
+            results = _flat(attend(rows[:, own_tokens:], keys, values))
+            chunks = [results.new_empty(0)] * len(sizes.packed)
+            parts = results.split([sizes.packed[rank] for rank in memory.others])
+            for rank, part in zip(memory.others, parts, strict=True):
+                chunks[rank] = part
             back = self._start(Parcel(chunks), sizes, OUTPUT)
-        own.append(_flat(attend(q[:, middle:end], keys, values)))
+        own.append(_flat(attend(rows[:, middle:own_tokens], keys, values)))
+        # Copies leave in their order: behind this flag the rows beside have been attended, too.
         memory.until_read = memory.exchange({}, channel=READ)
         return own, back
 
-    def _sizes(self, row: int, mine: Sequence[int], theirs: Sequence[int]) -> Sizes:
+    def _sizes(
+        self, row: int, mine: Sequence[int], theirs: Sequence[int], *, own_first: bool = False
+    ) -> Sizes:
         """From my share of `mine` (tokens, or heads back again) and all of `theirs` to all of `mine`, mine of `theirs`.
 
-        row: elements of one head of one token.
+        row: elements of one head of one token. own_first: as of `send`.
         """
-        before, own, given = sum(mine[: self.rank]), mine[self.rank], theirs[self.rank]
+        own, given, size = mine[self.rank], theirs[self.rank], len(mine)
+        around = [*mine, *mine]
+        # At each rank, the shares between the first that it receives and mine.
+        before = [
+            sum(around[rank : rank + (self.rank - rank) % size] if own_first else mine[: self.rank])
+            for rank in range(size)
+        ]
         return Sizes(
             packed=[row * own * share for share in theirs],
             received=[row * share * given for share in mine],
-            starts=[row * before * share for share in theirs],
+            starts=[row * first * share for first, share in zip(before, theirs, strict=True)],
             largest=row * max(sum(mine) * max(theirs), max(mine) * sum(theirs)),
         )
 
@@ -256,11 +260,11 @@ class Sent:
 
     @property
     def view(self) -> Tensor:
-        """[batch, all tokens, own heads, head_dim], or flat where it has no shape. Own rows are there at once."""
+        """[batch, all tokens, own heads, head_dim], or flat where it has no shape. Own tokens are there at once."""
         return self.received if len(self.shape) == 1 else self.received.view(self.shape).transpose(0, 1)
 
     def wait(self) -> Tensor:
-        """`view`, whose rows have arrived for what the current stream is given from now on."""
+        """`view`, all of which is there for what the current stream is given from now on."""
         self.arrive()
         self.parcel = None
         return self.view

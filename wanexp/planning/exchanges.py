@@ -51,6 +51,9 @@ def attended(heap: Heap, s: Sizes, layout: Layout, normed: int = 0, *, copies: b
     heap.free(*packed)
     out = _around_ring(heap, s, met, layout) if layout.ring > 1 else attend(heap, s, met)
     if layout.ulysses > 1:
+        if copies and layout.ring == 1 and not s.float8_attention:  # rows of the others have left
+            heap.free(out)
+            out = heap.new(met // layout.ulysses)
         returned, joined = heap.new(0 if copies else own), heap.new(own)
         heap.free(returned, out)
         out = joined

@@ -161,8 +161,11 @@ def block_seconds(
         query_s = 2 * s.batch * s.tokens * s.arch.dim**2 / rates.gemm / kernels.linear_speed / shares
         sent = part / layout.tp * (layout.ulysses - 1) / layout.ulysses
         one_s = sent / carried + rates.latency_s
-        # v and k travel beside the products of k and q; q and the result are waited for.
-        compute_s += waited_for(2 * one_s, 2 * query_s, taken) + 2 * one_s
+        # v and k travel beside the products of k and q; q and the result by copy engines each beside half of the own
+        # rows' attention, else beside nothing.
+        apart = copies and layout.ring == 1 and not kernels.has_float8_attention
+        half_s = attention_s / layout.ulysses / 2 if apart else 0.0
+        compute_s += waited_for(2 * one_s, 2 * query_s, taken) + 2 * max(0.0, one_s - half_s)
     if layout.ring > 1:
         passed_on = 2 * part / layout.tp / rates.collective + rates.latency_s
         # Over NVLink not hidden by the attention beside it (measured): a kernel that keeps every multiprocessor to its
