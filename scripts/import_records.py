@@ -7,7 +7,7 @@ from own_python import use_own_python
 
 use_own_python("mlflow")
 
-from wanexp.tracking.import_records import main
+from wanexp.import_records import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,7 @@ MODES = ("block_distribution", "context_parallel", "tensor_parallel", "data_para
 CODE = """
 import json, resource, sys, time
 from wanexp.report.command import main as report
-from wanexp.tracking.import_records import main as import_records
+from wanexp.import_records import main as import_records
 seconds, cpu_seconds = [time.monotonic()], [time.process_time()]
 for work, arguments in ((import_records, ["multirun"]), (report, ["--mlflow", "big"]), (report, ["multirun/big"])):
     if work(arguments):

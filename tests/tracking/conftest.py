@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from wanexp.tracking.mlflow_store import _import_client
+from wanexp.tracking.client import import_client
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated database without experiments of ours."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    _import_client()(tracking_uri=f"sqlite:///{path}").search_experiments()
+    import_client()(tracking_uri=f"sqlite:///{path}").search_experiments()
     return path
 
 

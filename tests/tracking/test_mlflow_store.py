@@ -20,11 +20,12 @@ from tests.tracking.records import make_record, write_run
 from wanexp.config import TrackingConfig
 from wanexp.record import OUTCOMES, read_record
 from wanexp.tracking import mlflow_store
-from wanexp.tracking.mlflow_store import Tracked, _import_client, artifact_files, track
+from wanexp.tracking.client import import_client
+from wanexp.tracking.mlflow_store import Tracked, artifact_files, track
 
 
 def client_of(uri: str) -> Any:
-    return _import_client()(tracking_uri=uri)
+    return import_client()(tracking_uri=uri)
 
 
 def runs_in(uri: str, experiment: str = "wanexp") -> list[Any]:

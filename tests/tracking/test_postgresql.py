@@ -17,9 +17,9 @@ import pytest
 from tests.report.made_up import record_of, write_sweep
 from tests.tracking.conftest import free_port, serve
 from tests.tracking.test_mlflow_store import client_of, runs_in
+from wanexp import import_records
 from wanexp.config import TrackingConfig
 from wanexp.report import command
-from wanexp.tracking import import_records
 from wanexp.tracking.mlflow_store import track
 
 pytestmark = pytest.mark.slow

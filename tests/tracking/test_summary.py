@@ -9,15 +9,16 @@ import pytest
 
 from tests.report.made_up import record_of, write_sweep
 from tests.tracking.test_mlflow_store import artifacts_of, client_of, runs_in
+from wanexp import import_records
 from wanexp.config import TrackingConfig
 from wanexp.errors import UserError
 from wanexp.record import Record
-from wanexp.report import command, compose
+from wanexp.report import command, compose, summary
 from wanexp.report.cells import Run, Sweep
 from wanexp.report.collect import make_cells, read_sweep
+from wanexp.report.fetch import SUMMARY_TAG, fetch_sweep
 from wanexp.report.finish import finish_sweep
-from wanexp.tracking import describe, import_records, summary
-from wanexp.tracking.fetch import SUMMARY_TAG, fetch_sweep
+from wanexp.tracking import describe
 from wanexp.tracking.view import sweep_view, sweep_view_key
 
 

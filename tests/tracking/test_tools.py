@@ -17,11 +17,11 @@ from tests.conftest import compose_run
 from tests.tracking.conftest import free_port
 from tests.tracking.records import make_record, write_run
 from tests.tracking.test_mlflow_store import runs_in
-from wanexp import rerun
+from wanexp import import_records, rerun
 from wanexp.config import RunConfig, TrackingConfig, to_dict
 from wanexp.errors import UserError
 from wanexp.record import Record
-from wanexp.tracking import import_records, location, ui
+from wanexp.tracking import location, ui
 from wanexp.tracking.mlflow_store import track
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

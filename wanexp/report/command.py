@@ -85,7 +85,7 @@ def _older(name: str, tracking: TrackingConfig) -> Sweep:
 
 
 def _from_mlflow(sweep_id: str, tracking: TrackingConfig) -> Sweep:
-    from wanexp.tracking.fetch import fetch_sweep  # mlflow takes seconds to import
+    from wanexp.report.fetch import fetch_sweep  # mlflow takes seconds to import
 
     return fetch_sweep(sweep_id, tracking)
 

@@ -15,7 +15,7 @@ def finish_sweep(folder: Path, tracking: TrackingConfig) -> list[str]:
         from wanexp.report.collect import read_sweep
         from wanexp.report.command import write_report
         from wanexp.report.compose import compose
-        from wanexp.tracking.summary import track_summary
+        from wanexp.report.summary import track_summary
 
         sweep = read_sweep(folder)
         report = compose(sweep)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from wanexp.config import TrackingConfig
 from wanexp.record import Record
+from wanexp.tracking.client import import_client, locked, one_line
 from wanexp.tracking.location import is_http, resolve_uri, server_answers, sqlite_path
-from wanexp.tracking.mlflow_store import _import_client, _locked, _one_line, track
+from wanexp.tracking.mlflow_store import track
 
 
 def complete(records: Sequence[tuple[Record, Path]], tracking: TrackingConfig) -> list[str]:
@@ -38,8 +39,8 @@ def remove(run_ids: Sequence[str], tracking: TrackingConfig) -> tuple[list[str],
             return [], []
         if is_http(uri) and (problem := server_answers(uri, tracking.timeout_s)):
             return list(run_ids), [f"MLflow still has {len(run_ids)} replaced runs: {problem}"]
-        client_class = _import_client()
-        with _locked(database) if database else nullcontext():
+        client_class = import_client()
+        with locked(database) if database else nullcontext():
             client = client_class(tracking_uri=uri)
             experiment = client.get_experiment_by_name(tracking.experiment)
             if experiment is None:
@@ -53,5 +54,5 @@ def remove(run_ids: Sequence[str], tracking: TrackingConfig) -> tuple[list[str],
                         client.set_terminated(run.info.run_id, "KILLED")
                     client.delete_run(run.info.run_id)
     except Exception as error:  # of mlflow, its database, the network
-        return list(run_ids), [f"MLflow still has {len(run_ids)} replaced runs: {_one_line(error)}"]
+        return list(run_ids), [f"MLflow still has {len(run_ids)} replaced runs: {one_line(error)}"]
     return [], []

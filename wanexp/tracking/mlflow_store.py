@@ -5,17 +5,15 @@ mends it. Only the parent process comes here, after record.json was written. mlf
 seconds.
 """
 
-import fcntl
 import functools
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -28,6 +26,7 @@ from wanexp.config import TrackingConfig
 from wanexp.errors import UserError
 from wanexp.record import FILE_NAME, Record
 from wanexp.tracking import describe
+from wanexp.tracking.client import import_client, locked, one_line, open_experiment, page_lines, store_options
 from wanexp.tracking.database import RunRows, can_write, has_tag, write_run
 from wanexp.tracking.location import (
     is_http,
@@ -39,30 +38,17 @@ from wanexp.tracking.location import (
     without_password,
 )
 from wanexp.tracking.markdown import description
-from wanexp.tracking.view import VIEW_TAG, quoted, view_state
+from wanexp.tracking.view import quoted
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 STATUS = {"finished": "FINISHED", "skipped": "FINISHED", "interrupted": "KILLED"}  # any other outcome: FAILED
-EXPERIMENT_TAGS = {
-    "mlflow.experimentKind": "custom_model_development",  # else the UI opens on a GenAI page
-    VIEW_TAG: view_state(),
-}
 RECORD_TAG = "wanexp.run_id"
 COMPLETE_TAG = "wanexp.logged"  # set last: a run without it is half of one
 METRICS_PER_CALL, PARAMS_PER_CALL = 899, 100  # MLflow's limits: 100 params, 1000 values of all kinds
 MAX_LOG_BYTES = 1 << 20  # larger logs of ranks stay in the run's folder
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast
-LOCK_S = 60.0  # how long another process may hold the database
-ENVIRONMENT = {  # MLflow's settings where the user has none
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # its 7 block for four minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-}
 
 
 @dataclass
@@ -95,7 +81,7 @@ def track(record: Record, folder: Path, tracking: TrackingConfig, *, many: bool 
     except UserError as error:
         problem = str(error)
     except Exception as error:  # of mlflow, its database, the network: the record is safe, so the run goes on
-        problem = _one_line(error)
+        problem = one_line(error)
     return Tracked(None, [f"MLflow has no copy of this run: {problem}", _how_to_import(folder, tracking)])
 
 
@@ -103,14 +89,14 @@ def _track(record: Record, folder: Path, tracking: TrackingConfig, uri: str, man
     shown = without_password(uri)
     if is_http(uri) and (problem := server_answers(uri, tracking.timeout_s)):
         raise UserError(f"the server {shown} does not answer ({problem})")
-    client_class = _import_client()
+    client_class = import_client()
     database = sqlite_path(uri)
     if database:
         import alembic  # noqa: F401  (mlflow-skinny comes without them, and its own message misleads)
         import sqlalchemy  # noqa: F401
-    with _locked(database) if database else nullcontext():
+    with locked(database) if database else nullcontext():
         client = client_class(tracking_uri=uri)
-        experiment_id = _experiment(client, tracking.experiment, database)
+        experiment_id = open_experiment(client, tracking.experiment, database)
         as_rows = many and can_write(uri) and _local_artifacts(uri, experiment_id)
         if as_rows and not has_tag(uri, RECORD_TAG, record.run_id):
             present = None
@@ -119,7 +105,7 @@ def _track(record: Record, folder: Path, tracking: TrackingConfig, uri: str, man
         if present:
             url = run_link(uri, experiment_id, present)
             return Tracked(
-                url, [f"MLflow: this run is in {shown} already", *_links(uri, url, tracking)], "present"
+                url, [f"MLflow: this run is in {shown} already", *page_lines(uri, url, tracking)], "present"
             )
         if as_rows:
             run_id, lines = _write_rows(uri, experiment_id, as_rows, record, folder)
@@ -133,7 +119,7 @@ def _track(record: Record, folder: Path, tracking: TrackingConfig, uri: str, man
             lines = _fill(client, run_id, record, folder, alive=lambda: _alive(uri, tracking.timeout_s))
     url = run_link(uri, experiment_id, run_id)
     head = f"MLflow: experiment {tracking.experiment} in {shown}"
-    return Tracked(url, [head, *_links(uri, url, tracking), *lines], "logged")
+    return Tracked(url, [head, *page_lines(uri, url, tracking), *lines], "logged")
 
 
 def _fill(client: "MlflowClient", run_id: str, record: Record, folder: Path, *, alive: Any) -> list[str]:
@@ -147,7 +133,7 @@ def _fill(client: "MlflowClient", run_id: str, record: Record, folder: Path, *, 
         # A run that is left RUNNING stays so for ever. A server that went away would only cost time here.
         if alive():
             try:
-                client.set_tag(run_id, "wanexp.tracking_error", _one_line(error)[: describe.MAX_TAG])
+                client.set_tag(run_id, "wanexp.tracking_error", one_line(error)[: describe.MAX_TAG])
                 client.set_terminated(run_id, "FAILED", end)
             except Exception as second:
                 logging.getLogger(__name__).debug("the run could not be ended: %s", second)
@@ -191,7 +177,7 @@ def _write_rows(
 @functools.cache  # an experiment never moves
 def _local_artifacts(uri: str, experiment_id: str) -> str:
     """Where the experiment keeps its artifacts, if in a folder of this machine; else empty."""
-    location = str(_import_client()(tracking_uri=uri).get_experiment(experiment_id).artifact_location or "")
+    location = str(import_client()(tracking_uri=uri).get_experiment(experiment_id).artifact_location or "")
     return location if urlsplit(location).scheme in ("", "file") else ""
 
 
@@ -276,28 +262,6 @@ def artifact_files(record: Record, folder: Path) -> tuple[list[Path], list[str]]
     return list(found), lines
 
 
-def _experiment(client: "MlflowClient", name: str, database: Path | None) -> str:
-    """Id of the experiment: created, or restored from deletion, and with our tags as need be."""
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        # MLflow's default is relative to the working folder of whoever comes first.
-        location = (database.parent / "mlruns" / name).as_uri() if database else None
-        try:
-            return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
-        except MlflowException:  # another process was faster
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                raise
-    if experiment.lifecycle_stage == "deleted":
-        client.restore_experiment(experiment.experiment_id)
-    for key, value in EXPERIMENT_TAGS.items():
-        if key not in experiment.tags or (key == VIEW_TAG and experiment.tags[key] != value):
-            client.set_experiment_tag(experiment.experiment_id, key, value)
-    return experiment.experiment_id
-
-
 def _find(client: "MlflowClient", experiment_id: str, record_id: str) -> str | None:
     """The whole MLflow run of this record, if any; halves of one are deleted."""
     whole = None
@@ -309,64 +273,15 @@ def _find(client: "MlflowClient", experiment_id: str, record_id: str) -> str | N
     return whole
 
 
-def _import_client() -> "type[MlflowClient]":
-    """mlflow's client, with telemetry off, few retries and no chatter."""
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    from mlflow.tracking import MlflowClient
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient
-
-
-@contextmanager
-def _locked(database: Path) -> Iterator[None]:
-    """Only one of our processes is in the database: two that create it crash in MLflow's migration."""
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(f"{database.name}.lock").open("a") as lock:
-        deadline = time.monotonic() + LOCK_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(f"another process has held {lock.name} for {LOCK_S:g} s") from None
-                time.sleep(0.05)
-        yield  # closing the file gives the lock back
-
-
 def _alive(uri: str, timeout_s: float) -> bool:
     return not is_http(uri) or server_answers(uri, timeout_s) is None
 
 
-def _links(uri: str, url: str | None, tracking: TrackingConfig) -> list[str]:
-    """The page of the run, and for a file the command that serves it."""
-    if sqlite_path(uri) is None:
-        return [f"  {url}"] if url else []
-    command = tool_command("mlflow_ui.sh", "wanexp.tracking.ui", *_options(tracking))
-    return [f"  to look at it: {command}", f"  then open: {url}"]
-
-
 def _how_to_import(folder: Path, tracking: TrackingConfig) -> str:
-    command = tool_command("import_records.py", "wanexp.tracking.import_records", *_options(tracking), folder)
+    command = tool_command("import_records.py", "wanexp.import_records", *store_options(tracking), folder)
     return f"  the record is safe; to import it later: {command}"
-
-
-def _options(tracking: TrackingConfig) -> list[str]:
-    """What our other tools must be told to find the same experiment."""
-    options = ["--uri", tracking.uri] if tracking.uri else []
-    if tracking.experiment != TrackingConfig.experiment:
-        options += ["--experiment", tracking.experiment]
-    return options
 
 
 def _chunks(values: Iterator[Any], size: int) -> Iterator[Sequence[Any]]:
     while batch := list(islice(values, size)):
         yield batch
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__

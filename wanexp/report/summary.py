@@ -18,10 +18,11 @@ from wanexp.report import answers
 from wanexp.report.cells import Cell, Sweep
 from wanexp.report.collect import SWEEP_FILE
 from wanexp.report.compose import Report
+from wanexp.report.fetch import SUMMARY_TAG, runs_of
 from wanexp.report.modes import LATENCY, THROUGHPUT
 from wanexp.report.page import Picture, escape_markdown, to_markdown
 from wanexp.tracking import describe
-from wanexp.tracking.fetch import SUMMARY_TAG, runs_of
+from wanexp.tracking.client import import_client, locked, one_line, open_experiment, page_lines
 from wanexp.tracking.location import (
     charts_link,
     compare_link,
@@ -33,16 +34,7 @@ from wanexp.tracking.location import (
     sweep_link,
     without_password,
 )
-from wanexp.tracking.mlflow_store import (
-    COMPLETE_TAG,
-    PARAMS_PER_CALL,
-    Tracked,
-    _experiment,
-    _import_client,
-    _links,
-    _locked,
-    _one_line,
-)
+from wanexp.tracking.mlflow_store import COMPLETE_TAG, PARAMS_PER_CALL, Tracked
 from wanexp.tracking.view import quoted, sweep_view, sweep_view_key
 
 if TYPE_CHECKING:
@@ -61,18 +53,18 @@ def track_summary(sweep: Sweep, report: Report, folder: Path, tracking: Tracking
     except UserError as error:
         problem = str(error)
     except Exception as error:  # of mlflow, its database, the network: the report is on disk
-        problem = _one_line(error)
+        problem = one_line(error)
     return Tracked(None, [f"MLflow has no summary of this sweep: {problem}"])
 
 
 def _track_summary(sweep: Sweep, report: Report, folder: Path, tracking: TrackingConfig, uri: str) -> Tracked:
     if is_http(uri) and (problem := server_answers(uri, tracking.timeout_s)):
         raise UserError(f"the server {without_password(uri)} does not answer ({problem})")
-    client_class = _import_client()
+    client_class = import_client()
     database = sqlite_path(uri)
-    with _locked(database) if database else nullcontext():
+    with locked(database) if database else nullcontext():
         client = client_class(tracking_uri=uri)
-        experiment_id = _experiment(client, tracking.experiment, database)
+        experiment_id = open_experiment(client, tracking.experiment, database)
         query = f"tags.`{SUMMARY_TAG}` = {quoted(sweep.sweep_id)}"
         old = [run.info.run_id for run in runs_of(client, experiment_id, query)]
         starts = [describe.start_ms(record) for record in sweep.records]
@@ -94,7 +86,7 @@ def _track_summary(sweep: Sweep, report: Report, folder: Path, tracking: Trackin
         kind, cells = fastest_cells(sweep)
         best = _runs_of(client, experiment_id, cells)
     url = run_link(uri, experiment_id, run.info.run_id)
-    lines = [f"MLflow: summary of sweep {sweep.sweep_id}", *_links(uri, url, tracking)]
+    lines = [f"MLflow: summary of sweep {sweep.sweep_id}", *page_lines(uri, url, tracking)]
     for what, link in (("its runs", sweep_link), ("its charts", charts_link)):
         if address := link(uri, experiment_id, sweep_view_key(sweep.sweep_id)):
             lines.append(f"  {what}: {address}")

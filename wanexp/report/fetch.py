@@ -12,7 +12,7 @@ from wanexp.record import FILE_NAME, Record, read_record
 from wanexp.report.cells import Run, Sweep
 from wanexp.report.collect import SWEEP_FILE, entries_of, lighten, make_cells, without_runs
 from wanexp.tracking.location import is_http, resolve_uri, server_answers, sqlite_path, without_password
-from wanexp.tracking.mlflow_store import _import_client
+from wanexp.tracking.mlflow_store import import_client
 from wanexp.tracking.view import quoted
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def fetch_sweep(sweep_id: str, tracking: TrackingConfig) -> Sweep:
     database = sqlite_path(uri)
     if database and not database.is_file():  # asking would create it
         raise UserError(f"{sweep_id} is no folder here, and there is no MLflow store at {database}")
-    client = _import_client()(tracking_uri=uri)
+    client = import_client()(tracking_uri=uri)
     experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment is None:
         raise UserError(f"there is no experiment {tracking.experiment} in {without_password(uri)}")
