@@ -86,12 +86,14 @@ def main() -> None:
     }
     bandwidth = known.memory_bandwidth_gb_s or middle.pop("memory_bandwidth_gb_s")
     middle.pop("memory_bandwidth_gb_s", None)
+    capability = found[0].compute_capability
     profile = replace(
         known,
         **middle | {"host_link_gb_s": known.host_link_gb_s or middle["host_link_gb_s"]},
         name=found[0].name,
         attention_kernel=measured[0].attention_kernel,
         memory_gib=round(found[0].total_bytes / GIB, 2),
+        compute_capability=float(".".join(map(str, capability))) if capability else None,
         memory_bandwidth_gb_s=bandwidth,
         p2p_gb_s=link[0],
         p2p_latency_us=link[1],

@@ -1,7 +1,8 @@
+#!/usr/bin/env python3
 """Writes a checkpoint with random weights, of any model and in any layout that wanexp reads.
 
-    python scripts/make_checkpoint.py --model wan2.1_t2v_1.3b --out models/wan.safetensors
-    python scripts/make_checkpoint.py --model wan2.2_t2v_a14b --out models/a14b --layout diffusers --shards 6
+    scripts/make_checkpoint.py --model wan2.1_t2v_1.3b --out models/wan.safetensors
+    scripts/make_checkpoint.py --model wan2.2_t2v_a14b --out models/a14b --layout diffusers --shards 6
 
 The weights are those of a run with `checkpoint=null` and the same seed. One tensor at a time is in host memory; with
 a GPU as --device one of each file, of which up to eight are written at once. Two experts (Wan 2.2 A14B) become two
@@ -13,10 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
+from own_python import ROOT, use_own_python
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a checkout works without being installed
+use_own_python()
+
+import yaml
 
 from wanexp.errors import UserError
 from wanexp.wan.architecture import WanArchitecture

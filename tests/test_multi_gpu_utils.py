@@ -472,7 +472,7 @@ EXAMPLE_3 = EXAMPLE_1 | {"model": "wanvideo_1_3b.safetensors", "parallelism_type
             "2x_rtx4090",
             "wan2.1_t2v_14b",
             [0, 1],
-            "needs 29.6 GiB on each GPU, 24.0 free",
+            "needs 29.5 GiB on each GPU, 24.0 free",
         ),  # 26.6 + 3.0
         (EXAMPLE_2, "4x_rtx3080", "wan2.1_t2v_14b", [0, 1, 2, 3], ""),  # 7.0 + 2.9 of 10
         (EXAMPLE_3, "1x_rtx4090", "wan2.1_t2v_1.3b", [0], ""),

@@ -20,6 +20,10 @@ from wanexp.terminal.plan_table import print_plan_table
 def print_plan(config: RunConfig) -> None:
     """A table, or with plan_json=true a JSON document, on stdout. Raises UserError."""
     devices = devices_to_plan(config)
+    if (config.attention, config.kernels) != ("auto", "auto"):
+        from wanexp.wan.kernels import check_kernels  # imports torch, so only where it has something to say
+
+        check_kernels(config, devices)
     profiles = [profile_for(config.hardware, device, conf_dir()) for device in devices]
     host_free = _host_free_bytes(config)
     planned = plan_layouts(config, devices, profiles, host_free_bytes=host_free)

@@ -39,7 +39,7 @@ def test_a_plan_needs_no_gpu_and_leaves_no_run(tmp_path):
     )
     assert done.returncode == 0 and done.stderr == ""
     assert "4 x NVIDIA GeForce RTX 3080, 10.0 GiB free" in done.stdout
-    assert "none: needs 30.3 GiB on gpu0, 10.0 free" in done.stdout
+    assert "none: needs 30.2 GiB on gpu0, 10.0 free" in done.stdout
     assert "write video.num_frames=53 parallelism=block_distribution" in done.stdout
     assert not list((tmp_path / "multirun" / "runs").iterdir())
 

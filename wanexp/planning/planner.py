@@ -238,6 +238,8 @@ def profile_devices(hardware: HardwareConfig) -> tuple[Device, ...]:
         )
     num_bytes = round(profile.memory_gib * GIB)
     indices = range(hardware.num_devices)
+    known = profile.compute_capability
+    capability = None if known is None else (int(known), round(10 * known) % 10)
     return tuple(
         Device(
             "cuda",
@@ -245,6 +247,7 @@ def profile_devices(hardware: HardwareConfig) -> tuple[Device, ...]:
             profile.name or hardware.name,
             total_bytes=num_bytes,
             free_bytes=num_bytes,
+            compute_capability=capability,
             peers=tuple(other for other in indices if other != index) if profile.link == "nvlink" else (),
         )
         for index in indices

@@ -133,7 +133,7 @@ class SweepLauncher(Launcher):
 
             tracking = TrackingConfig(**OmegaConf.to_container(self.config.tracking))  # type: ignore[arg-type]
             print(*finish_sweep(self.folder, tracking), sep="\n")
-        missing = sum(run.record is None for run in self.runs)
+        missing = sum(run.record is None or run.record.outcome == "interrupted" for run in self.runs)
         if self.state == "stopped":
             print(f"error: the sweep stopped: {self.reason}", file=sys.stderr)
         if missing:

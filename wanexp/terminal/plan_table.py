@@ -8,12 +8,13 @@ from wanexp.config import RunConfig
 from wanexp.hardware.devices import Device
 from wanexp.planning.candidates import Candidate, Planned
 from wanexp.planning.layouts import BUYS
-from wanexp.terminal.console import Console
+from wanexp.terminal.console import TOO_LARGE_ON_CPU, Console
 from wanexp.terminal.start_card import GIB
 from wanexp.terminal.tables import facts, plain_table
 from wanexp.workloads.sizes import num_tokens
 
 ROOM_FOR_BUYS = 110  # columns of a terminal that show what a layout buys, too
+SMALLER = "take a smaller video, batch or model"
 
 
 def print_plan_table(
@@ -67,23 +68,25 @@ def print_plan_table(
     of_what = (
         "the fullest GPU, CUDA context included" if on_gpu else "all devices, which share this host's memory"
     )
+    each = ", one sample each" if config.workload.batch_size is None else ""
     screen.print(
-        f"needs GiB: predicted peak of {of_what}. speed-up: over mode none; of replicas in samples a second, one "
-        "sample each."
+        f"needs GiB: predicted peak of {of_what}. speed-up: over mode none; of replicas in samples a second{each}."
     )
-    winner = planned.winner
-    advices = facts()
+    winner, asked = planned.winner, planned.asked
+    rows = []
     if winner:
-        advices.add_row("Ranked first" if planned.note else f"Best for {planned.objective}", winner.settings)
+        rows.append(("Ranked first" if planned.note else f"Best for {planned.objective}", winner.settings))
     elif advice:
-        advices.add_row("Would fit", advice)
+        rows.append(("Would fit", advice))
     else:
-        advices.add_row("Nothing fits", "")
-    if planned.asked:
-        advices.add_row("Asked for", planned.asked.settings)
+        rows.append(("Nothing fits", SMALLER if on_gpu else TOO_LARGE_ON_CPU))
+    if asked and not asked.rejection:
+        rows.append(("Asked for", asked.settings))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:  # never wrapped, to be copied
+        screen.print(Text.assemble((f"{name:<{width}}", "bold"), f"  {value}"), soft_wrap=True)
     if planned.note:
-        advices.add_row("Note", planned.note)
-    screen.print(advices)
+        screen.print(Text.assemble(("Note", "bold"), f"{'':<{width - 2}}{planned.note}"))
 
 
 def _plan_row(planned: Planned, candidate: Candidate) -> dict[str, Text]:
