@@ -10,7 +10,7 @@ from wanexp.planning.candidates import Candidate, Planned
 from wanexp.planning.layouts import BUYS
 from wanexp.terminal.console import TOO_LARGE_ON_CPU, Console
 from wanexp.terminal.start_card import GIB
-from wanexp.terminal.tables import facts, plain_table
+from wanexp.terminal.tables import LABEL_WIDTH, facts, plain_table
 from wanexp.workloads.sizes import num_tokens
 
 ROOM_FOR_BUYS = 110  # columns of a terminal that show what a layout buys, too
@@ -82,7 +82,7 @@ def print_plan_table(
         rows.append(("Nothing fits", SMALLER if on_gpu else TOO_LARGE_ON_CPU))
     if asked and not asked.rejection:
         rows.append(("Asked for", asked.settings))
-    width = max(len(name) for name, _ in rows)
+    width = max(LABEL_WIDTH, *(len(name) for name, _ in rows))
     for name, value in rows:  # never wrapped, to be copied
         screen.print(Text.assemble((f"{name:<{width}}", "bold"), f"  {value}"), soft_wrap=True)
     if planned.note:
