@@ -29,7 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works without an installation, too
 
 from bench_case import Case, parse_case
+from gpu_needed import check_device
 
+from wanexp.errors import UserError
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.attention import is_lossy
 from wanexp.wan.attention_choice import attention_shapes
@@ -78,11 +80,23 @@ def main() -> int:
     parser.add_argument(
         "--kernel", action="append", help=f"attention kernel; default: all installed of {KERNELS}"
     )
+    parser.add_argument("--device", default="cuda", help="cuda or cpu (default cuda)")
     parser.add_argument("--warm-up-s", type=float, default=2.0, help="of products before anything is timed")
     parser.add_argument("--out", type=Path, required=True, help="JSON")
     options = parser.parse_args()
-    cases = [parse_case(text) for text in options.case or CASES]
-    result = measure(cases, options.degree or [1, 2], options.kernel or KERNELS, warm_up_s=options.warm_up_s)
+    try:
+        check_device(options.device, instead="--device cpu --case tiny:tiny")
+        cases = [parse_case(text) for text in options.case or CASES]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    result = measure(
+        cases,
+        options.degree or [1, 2],
+        options.kernel or KERNELS,
+        device=torch.device(options.device),
+        warm_up_s=options.warm_up_s,
+    )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result["floors"]))
@@ -91,11 +105,14 @@ def main() -> int:
 
 @torch.inference_mode()
 def measure(
-    cases: Sequence[Case], degrees: Sequence[int], kernels: Sequence[str], *, warm_up_s: float
+    cases: Sequence[Case],
+    degrees: Sequence[int],
+    kernels: Sequence[str],
+    *,
+    device: torch.device,
+    warm_up_s: float,
 ) -> dict[str, Any]:
     """What the file holds: the floor of each case and degree, and the rates that it is made of."""
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
     warm_up(device, warm_up_s)
     begin, rates, ceilings, floors = time.time(), [], [], []
     for case in cases:
@@ -123,7 +140,7 @@ def measure(
             floors.append(where | floor_of(timed, attention, architecture.num_layers))
     return {
         "schema": SCHEMA,
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "seconds": round(time.time() - begin, 1),
         "floors": floors,

@@ -9,8 +9,10 @@ than measuring. Without a GPU it runs interpreted (TRITON_INTERPRET=1, --tokens 
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -25,6 +27,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation, too
 
+from gpu_needed import check_device
+
+from wanexp.errors import UserError
 from wanexp.wan import fused
 from wanexp.wan import quantize_rows as rows
 from wanexp.wan.architecture import NORM_EPS, WanArchitecture
@@ -78,7 +83,7 @@ class Row:
         )
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -88,6 +93,14 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="try tiles and numbers of warps on each kernel")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     arguments = parser.parse_args()
+    try:
+        if not os.environ.get("TRITON_INTERPRET"):
+            check_device("cuda", instead="TRITON_INTERPRET=1 before the command and --tokens 8 behind it")
+        if importlib.util.find_spec("triton") is None:
+            raise UserError("triton is not installed; write pip install triton")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     begin = time.perf_counter()
     rows: list[Row] = []
@@ -120,6 +133,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "bench_kernels.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"{report['seconds']:.0f} s; {arguments.out / 'bench_kernels.json'}")
+    return 0
 
 
 def operations(
@@ -410,4 +424,4 @@ def _one_call(function: Function, device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -37,6 +37,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works without an installation, too
 
+from gpu_needed import check_device
 from make_checkpoint import read_model
 
 from wanexp.errors import UserError
@@ -78,8 +79,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="Markdown; the JSON is written beside it")
     options = parser.parse_args()
     try:
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("no CUDA device is available; write --device cpu to try the script")
+        check_device(options.device, instead="--device cpu")
         if options.checkpoint:
             bench(options.checkpoint, None, options)
         else:

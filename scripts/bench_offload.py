@@ -23,6 +23,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation, too
 
+from gpu_needed import check_device
+
+from wanexp.errors import UserError
 from wanexp.offload.block_swap import BlockSwap, swap_blocks
 from wanexp.offload.load_device import move_to_owners
 from wanexp.offload.quantize import quantize_linears
@@ -38,7 +41,7 @@ LATENT, TINY_LATENT = (21, 60, 104), (3, 8, 8)
 GIB = 2**30
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,12 +61,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed forwards of each (default 3)")
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
     arguments = parser.parse_args()
+    try:
+        check_device(arguments.device, instead="--device cpu --tiny")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     result = bench_float8(arguments) if arguments.float8 else bench(arguments)
     print(table(result["cases"]))
     text = json.dumps(result)
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(text)
+    return 0
 
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -280,4 +289,4 @@ def table(cases: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

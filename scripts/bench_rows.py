@@ -26,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works without an installation, too
 
 from bench_case import parse_case
+from gpu_needed import check_device
+
+from wanexp.errors import UserError
 
 ROUNDS = 4
 TURN_S = 0.25
@@ -40,11 +43,18 @@ def main() -> int:
     parser.add_argument("--case", default="wan2.1_t2v_14b:480p", help="model:video, for the widths")
     parser.add_argument("--rows", default="16376,16380,16384,16392,32760", help="with commas")
     parser.add_argument("--turn-flops", type=float, default=TURN_FLOPS, help="work of one turn")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu (default cuda)")
     parser.add_argument("--out", type=Path, help="JSON")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = [int(number) for number in options.rows.split(",")]
-    found = measure(parse_case(options.case).architecture, rows, options.turn_flops, device)
+    try:
+        check_device(options.device, instead="--device cpu --case tiny:tiny --turn-flops 1")
+        architecture = parse_case(options.case).architecture
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    device = torch.device(options.device)
+    found = measure(architecture, rows, options.turn_flops, device)
     print("| product | rows | ms | TFLOP/s | kernel |\n|---|---:|---:|---:|---|")
     for row in found:
         print(

@@ -74,7 +74,7 @@ class Nothing:
         return Sent(received[:size], sizes, parcel, lambda: None)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -84,6 +84,13 @@ def main() -> None:
     parser.add_argument("--attention", default="fa3,sdpa_cudnn", help="kernels, to itself and to the text")
     parser.add_argument("--out", type=Path, help="Markdown")
     options = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ:
+        print(
+            "error: it runs as one process a GPU; write python -m torch.distributed.run --nproc-per-node 2 "
+            "scripts/profile_exchanges.py",
+            file=sys.stderr,
+        )
+        return 2
     rank, on_gpu = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -110,6 +117,7 @@ def main() -> None:
             options.out.write_text("\n".join(lines) + "\n")
     dist.barrier()
     dist.destroy_process_group()
+    return 0
 
 
 def empty_model(architecture: WanArchitecture) -> WanTransformer:
@@ -280,4 +288,4 @@ def kernel_table(forward: Forward, device: torch.device) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -98,6 +98,29 @@ def test_an_unknown_contender_is_one_line(monkeypatch, capsys, tmp_path):
     assert "unknown contender 'nobody'; write one of: ours" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("script", "advice"),
+    [
+        ("bench_floor.py", "write --device cpu --case tiny:tiny"),
+        ("bench_kernels.py", "write TRITON_INTERPRET=1 before"),
+        ("bench_loading.py", "write --device cpu"),
+        ("bench_offload.py", "write --device cpu --tiny"),
+        ("bench_rows.py", "write --device cpu --case tiny:tiny"),
+        ("profile_exchanges.py", "write python -m torch.distributed.run"),
+    ],
+)
+def test_a_script_that_lacks_its_gpus_is_one_line(script, advice, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", [script, "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("LOCAL_RANK", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    assert importlib.import_module(script.removesuffix(".py")).main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert advice in said
+    assert said.count("\n") == 1
+
+
 # --- the floor ---
 
 
@@ -146,7 +169,9 @@ def test_rows_are_rounded_to_float8_by_their_own_scale():
 
 
 def test_the_floor_file_is_read_by_the_other_script(tmp_path):
-    result = bench_floor.measure([Case("tiny", "tiny")], [1, 2, 3], ["sdpa_flash"], warm_up_s=0.0)
+    result = bench_floor.measure(
+        [Case("tiny", "tiny")], [1, 2, 3], ["sdpa_flash"], device=torch.device("cpu"), warm_up_s=0.0
+    )
     assert [floor["num_gpus"] for floor in result["floors"]] == [1, 2]  # 3 does not divide 4 heads
     assert "| tiny | tiny | 2 |" in bench_floor.table(result["floors"])
     (tmp_path / "floor.json").write_text(json.dumps(result))
