@@ -153,6 +153,10 @@ ERRORS = [
         "experiment is not in the defaults; choose it with a plus: +experiment=quick_blocks",
     ),
     (["+model=tiny"], "model is chosen already; write model=NAME without the plus"),
+    (
+        ["hardware=2x_h200", "+hardware/device=h100"],
+        "hardware/device is chosen already; write hardware/device=h100 without the plus",
+    ),
     (["+seed=3"], "seed exists already; write seed=VALUE without the plus"),
     (["model=tiny,wan2.1_t2v_14b"], "names several values; add -m to sweep over them"),
     (["gpus=[0"], "gpus=[0 cannot be read"),

@@ -88,6 +88,9 @@ def _bad_composition(error: ConfigCompositionException) -> str:
         return f"{found[1]} exists already; write {found[1]}=VALUE without the plus"
     if found := re.match(r"(\S+) appears more than once", text):
         return f"{found[1]} is chosen already; write {found[1]}=NAME without the plus"
+    if found := re.match(r"Multiple values for (\S+?)\. To override a value use 'override .*: (.*)'", text):
+        key, name = found.groups()
+        return f"{key} is chosen already; write {key}={name} without the plus (in a file: override /{key}: {name})"
     if found := re.match(r"Ambiguous value for argument '(.+)'", text):
         key, _, value = found[1].partition("=")
         return (
