@@ -165,6 +165,7 @@ ERRORS = [
     (["hardware.device.memory_gib=24"], "hardware.device is null here; write +hardware/device=NAME first"),
     (["--config-dir=nowhere"], "nowhere' not found"),
     (["--config-name=other"], "Cannot find primary config 'other'"),
+    (["tracking.uri=foo"], "tracking.uri is 'foo'; write sqlite:///mlflow.db or http://127.0.0.1:5000"),
     (["seed=-1"], "seed is -1; write 0 or more"),
     (["checkpoint=${oc.env:NOT_SET_ANYWHERE}"], "Environment variable 'NOT_SET_ANYWHERE' not found"),
     (["-m", "model=tny,tiny"], "model 'tny' does not exist (did you mean tiny?)"),

@@ -43,6 +43,7 @@ from wanexp.config_keys import (
 )
 from wanexp.errors import UserError
 from wanexp.offload.sizes import LINEARS
+from wanexp.tracking.location import resolve_uri
 from wanexp.wan.architecture import PATCH_SIZE
 
 
@@ -176,6 +177,8 @@ def _check(config: RunConfig) -> None:
     if config.offload.blocks != "auto" and not config.offload.blocks.isdecimal():
         raise UserError(f"offload.blocks is '{config.offload.blocks}'; write a number of blocks, or auto")
     check_sweep_name(config.sweep_name)
+    if config.tracking.enabled and config.task == "run":
+        resolve_uri(config.tracking.uri)  # what it refuses would be lost at the end of the run
     _check_model(model)
     _check_video(video, model)
     model.guidance_scale = _per_expert("model.guidance_scale", model.guidance_scale, model.num_experts)

@@ -14,6 +14,7 @@ from wanexp.config import TrackingConfig
 from wanexp.errors import UserError
 from wanexp.record import FILE_NAME, read_record
 from wanexp.report.finish import finish_sweep
+from wanexp.tracking.location import resolve_uri
 from wanexp.tracking.mlflow_store import track
 
 
@@ -45,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = list(dict.fromkeys(find_records(options.paths)))
     if not paths:
         parser.error(f"there is no {FILE_NAME} below {', '.join(map(str, options.paths))}")
+    try:
+        resolve_uri(options.uri)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     tracking = TrackingConfig(uri=options.uri, experiment=options.experiment)
     states: Counter[str] = Counter()
     for path in paths:

@@ -57,6 +57,12 @@ def test_import_bad_usage(arguments: list[str], working_folder: Path) -> None:
     assert caught.value.code == 2
 
 
+def test_import_into_what_is_no_store(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(working_folder / "runs" / "a")
+    assert import_records.main(["runs", "--uri", "foo"]) == 2
+    assert capsys.readouterr().err.startswith("error: tracking.uri is 'foo'; write sqlite:///mlflow.db")
+
+
 @pytest.mark.parametrize("script", ["import_records.py", "report.py", "rerun.py", "mlflow_ui.sh"])
 def test_scripts_run_from_any_folder(script: str, working_folder: Path) -> None:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -144,6 +150,13 @@ def test_uri(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert location.resolve_uri("sqlite:///mlflow.db") == default
     with pytest.raises(UserError):
         location.resolve_uri("sqlite:///:memory:")
+    for uri in ("sqlite+pysqlite:///x.db", "postgresql+psycopg://host/db", "file:///runs", "databricks"):
+        assert location.resolve_uri(uri) == uri
+    with pytest.raises(UserError, match=r"tracking\.uri is 'foo'; write sqlite:///mlflow\.db or http://127"):
+        location.resolve_uri("foo")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlruns")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is 'mlruns'; write"):
+        location.resolve_uri(None)
 
 
 def test_links_hide_passwords() -> None:

@@ -14,6 +14,16 @@ from wanexp.errors import UserError
 
 SQLITE = "sqlite:///"
 DEFAULT_URI = "sqlite:///mlflow.db"
+STORES = (
+    "sqlite",
+    "postgresql",
+    "mysql",
+    "mssql",
+    "http",
+    "https",
+    "file",
+)  # what MLflow takes before the colon
+WITHOUT_COLON = ("databricks", "databricks-uc", "uc")
 UI_HOST = "127.0.0.1"
 UI_PORT = 5000
 WORKFLOW = "workflowType=machine_learning"  # without it MLflow's UI opens on an empty GenAI page
@@ -22,8 +32,17 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"  # in a source tree; a wheel has
 
 
 def resolve_uri(uri: str | None) -> str:
-    """The store: `uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` in the working folder; absolute."""
+    """The store: `uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` in the working folder; absolute.
+
+    Raises UserError for what MLflow cannot take, such as a bare name.
+    """
+    source = "tracking.uri" if uri else "MLFLOW_TRACKING_URI"
     uri = (uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI).strip()
+    kind, colon, _ = uri.partition(":")
+    if kind not in WITHOUT_COLON and not (colon and kind.partition("+")[0] in STORES):
+        raise UserError(
+            f"{source} is '{without_password(uri)}'; write sqlite:///mlflow.db or http://{UI_HOST}:{UI_PORT}"
+        )
     if not uri.startswith("sqlite:"):
         return uri.rstrip("/") if is_http(uri) else uri
     path = uri.removeprefix(SQLITE)
