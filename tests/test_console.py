@@ -177,6 +177,7 @@ def test_end_table(width):
         metrics=METRICS,
         samples={"step_ms": [412.0] * 4},
         warnings=["GPU 0 was throttled by heat in 12 % of the samples"],
+        artifacts=["profile/kernels_rank0.txt", "profile/trace_rank0.json.gz", "profile/trace_rank1.json.gz"],
     )
     path = "multirun/runs/" + "x" * 120 + "/record.json"
     screen.console.end_table(finished, path)  # type: ignore[arg-type]
@@ -192,6 +193,7 @@ def test_end_table(width):
     assert "Exchanged     blocks 32.0 MiB between devices a forward" in text
     assert "relative L2 error 1.2e-03 against mode none" in text
     assert "(lossy; flow, all 8 blocks; tolerance 0.01)" in " ".join(text.split())
+    assert "Trace         profile/trace_rank0.json.gz and 1 more" in text
     assert "Warning       GPU 0 was throttled" in text
     assert f"Record        {path}\n" in text  # in one piece
     rows = [line.split() for line in text.splitlines()]

@@ -80,6 +80,9 @@ def result_rows(record: Record) -> dict[str, str]:
     if rss:
         values = ", ".join(f"{rank} {value:.2f}" for rank, value in rss.items())
         rows["Host memory"] = f"{values} GiB (peak RSS)"
+    if traces := [name for name in record.artifacts if name.startswith("profile/trace_")]:
+        others = f" and {len(traces) - 1} more" if len(traces) > 1 else ""
+        rows["Trace"] = f"{traces[0]}{others}, beside the record; https://ui.perfetto.dev shows it"
     return {name: value for name, value in rows.items() if value is not None}
 
 
