@@ -98,6 +98,37 @@ def test_labels_name_what_varies() -> None:
     ]
 
 
+def test_every_option_of_a_label_stands_by_itself() -> None:
+    blocks = {"mode": "block_distribution", "block_placement": "contiguous"}
+    spread = blocks | {"block_placement": "interleaved"}
+    records = [
+        record_of("block_distribution", 2, attention="sdpa_math", parallelism=blocks),
+        record_of("block_distribution", 2, attention="sdpa_flash", parallelism=spread),
+    ]
+    assert [c.label for c in cells_of(*records)] == [
+        "block_distribution, 2 GPUs, attention=sdpa_math, contiguous",
+        "block_distribution, 2 GPUs, attention=sdpa_flash, interleaved",
+    ]
+
+
+def test_the_objective_makes_another_cell_only_where_the_planner_chose() -> None:
+    named = [record_of("fsdp", 2, objective=name) for name in ("latency", "throughput")]
+    assert [c.label for c in cells_of(*named)] == ["fsdp, 2 GPUs"]
+    planned = [
+        record_of("fsdp", 2, objective=name, parallelism={"mode": "auto"})
+        for name in ("memory", "throughput")
+    ]
+    for record in planned:
+        record.effective["mode"] = "fsdp"
+    found = cells_of(*named, *planned)
+    assert [c.label for c in found] == [
+        "fsdp, 2 GPUs",
+        "fsdp, 2 GPUs, objective=memory",
+        "fsdp, 2 GPUs, objective=throughput",
+    ]
+    assert {c.options for c in found} == {""}  # so that all are compared with the same mode none
+
+
 def test_layouts_are_named_by_the_degrees_that_ran() -> None:
     def cell(mode: str, **degrees: int) -> Record:
         record = record_of("context_parallel", 4, parallelism={"mode": mode, **degrees, "ulysses": -1})

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from wanexp.config import AUTO_MODE
 from wanexp.errors import UserError
 from wanexp.record import FILE_NAME, Record, read_record
 from wanexp.report.cells import Cell, Run, Sweep
@@ -105,11 +106,18 @@ def make_cells(runs: Iterable[Run], absent: Sequence[Mapping[str, Any]] = ()) ->
 def settings_of(record: Record) -> dict[str, str]:
     """What decides the numbers of a run, flat: its config less what only says where results go."""
     flat = dict(describe.flatten(record.requested))
+    if "objective" in flat and not _is_planned(record):
+        flat["objective"] = None  # nobody was asked to rank by it
     return {
         key: describe.as_text(value)
         for key, value in flat.items()
         if not any(key == name or (name.endswith(".") and key.startswith(name)) for name in NOT_SETTINGS)
     }
+
+
+def _is_planned(record: Record) -> bool:
+    """Whether the planner chose the layout."""
+    return describe.mapping(record.requested.get("parallelism")).get("mode") == AUTO_MODE
 
 
 def identity(record: Record) -> str:
@@ -154,7 +162,7 @@ def _absent_cell(entry: Mapping[str, Any], setting: str, common: Set[str]) -> Ce
         mode=mode,
         num_devices=len(gpus.split(",")) if gpus and gpus != "null" else 0,
         setting=setting or " ".join(chosen[group] for group in IN_TITLE if group in chosen),
-        options=" ".join(
+        options=", ".join(
             f"{key}={value}"
             for key, value in (
                 text.lstrip("+").partition("=")[::2] for text in overrides if text not in common
@@ -182,10 +190,10 @@ def _name_options(cells: Sequence[Cell]) -> None:
                 {cell.num_devices for cell in own if cell.degrees}
             )
             for cell in own:
-                cell.options = " ".join(_option(key, flats[id(cell)].get(key)) for key in keys)
+                cell.options = ", ".join(_option(key, flats[id(cell)].get(key)) for key in keys)
                 if cell.degrees and (several or (mode not in ("none", "fsdp") and len(cell.degrees) > 1)):
                     cell.layout = " x ".join(f"{name}={degree}" for name, degree in cell.degrees.items())
-    for attempt in (_asked_degrees, _device_names, _number):
+    for attempt in (_asked_degrees, _objective, _device_names, _number):
         count = Counter((cell.setting, cell.label) for cell in cells)
         for index, cell in enumerate(cells):
             if count[cell.setting, cell.label] > 1:
@@ -204,6 +212,10 @@ def _asked_degrees(cell: Cell, _index: int) -> str:
     asked = describe.mapping(cell.record.requested.get("parallelism"))
     names = [name for name in DEGREES if asked.get(name, 1) not in (1, None)]
     return "" if cell.is_finished else " x ".join(names)
+
+
+def _objective(cell: Cell, _index: int) -> str:
+    return f"objective={cell.record.requested.get('objective')}" if _is_planned(cell.record) else ""
 
 
 def _device_names(cell: Cell, _index: int) -> str:
@@ -227,6 +239,6 @@ def _is_placement(key: str) -> bool:
 
 def _is_option(key: str, varying: set[str]) -> bool:
     group, _, rest = key.partition(".")
-    if group in ("parallelism", "gpus") or key in [f"{name}.name" for name in IN_TITLE]:
+    if group in ("parallelism", "gpus", "objective") or key in [f"{name}.name" for name in IN_TITLE]:
         return False
     return rest in ("", "name") or f"{group}.name" not in varying
