@@ -299,10 +299,14 @@ def test_against_an_older_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert command.main([str(slow), "--against", str(old)]) == 1
     assert capsys.readouterr().out.count("Regression: ") == 6
     assert "slower: +2" in (slow / "report.md").read_text()
-    other = write_sweep(tmp_path / "other", [record_of("context_parallel", 8)])
+    other = write_sweep(tmp_path / "other", [record_of("none", 1, num_steps=9, checkpoint="wan")])
     capsys.readouterr()
     assert command.main([str(other), "--against", str(old)]) == 0
-    assert "Against old: nothing to compare" in capsys.readouterr().out, "no good news"
+    said = capsys.readouterr().out
+    assert "Against old: nothing to compare" in said, "no good news"
+    differing = "the same settings (workload.num_steps was 5, is 9; checkpoint was null, is wan)"
+    assert differing in said
+    assert differing in (other / "report.md").read_text().replace("\\_", "_")
 
 
 @pytest.mark.usefixtures("without_figures")

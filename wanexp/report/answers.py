@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from wanexp.errors import UserError
 from wanexp.measure.comparison import MIN_SAMPLES, SAME_MARGIN, Comparison, compare, compare_all
@@ -12,6 +13,7 @@ from wanexp.tracking import describe
 from wanexp.tracking.describe import gibibytes, milliseconds, number
 
 CREDIBLE_EFFICIENCY = 1.10  # above it there is noise, or a base that did other work
+MAX_NEAREST = 50  # cells of a sweep, of which each is held against each of another
 
 
 @dataclass(frozen=True)
@@ -212,9 +214,7 @@ def _some(labels: Sequence[str], limit: int = 3) -> str:
 def changes(now: Sweep, before: Sweep) -> list[Change]:
     """Cells that both sweeps have: equal in every setting that both versions know."""
     flats = [{id(cell): settings_of(cell.record) for cell in s.cells if cell.runs} for s in (now, before)]
-    known = (
-        set.intersection(*(set(flat) for side in flats for flat in side.values())) if all(flats) else set()
-    )
+    known = _known_to_all([flat for side in flats for flat in side.values()]) if all(flats) else set()
 
     def key(cell: Cell, side: int) -> frozenset[tuple[str, str]]:
         return frozenset((name, flats[side][id(cell)][name]) for name in known)
@@ -225,6 +225,29 @@ def changes(now: Sweep, before: Sweep) -> list[Change]:
     found = compare_all([(other.times_ms(cell.kind), cell.times_ms(cell.kind)) for cell, other in timed])
     comparisons = {id(cell): comparison for (cell, _), comparison in zip(timed, found, strict=True)}
     return [Change(cell, other, comparisons.get(id(cell))) for cell, other in matched]
+
+
+def nearest_difference(now: Sweep, before: Sweep) -> list[tuple[str, str, str]]:
+    """Where no cell of two sweeps is the same: (setting, value before, value now) of the two that differ least."""
+    sides = [
+        [settings_of(cell.record) for cell in sweep.cells if cell.runs and cell.steps_ms][:MAX_NEAREST]
+        for sweep in (before, now)
+    ]
+    if not all(sides):
+        return []
+    known = _known_to_all([flat for side in sides for flat in side])
+    found = (
+        [(name, old[name], new[name]) for name in new if name in known and old[name] != new[name]]
+        for old, new in product(*sides)
+    )
+    return sorted(
+        min(found, key=len), key=lambda one: not one[0].endswith(".name")
+    )  # what brings others with it
+
+
+def _known_to_all(flats: Sequence[Mapping[str, str]]) -> set[str]:
+    """Settings that all have: an older version may lack some."""
+    return set.intersection(*map(set, flats))
 
 
 def amount(cell: Cell) -> str:

@@ -20,6 +20,7 @@ from wanexp.tracking.location import tool_command
 
 MAX_DRAWN_SETTINGS = 4  # models, videos and workloads whose figures are drawn
 MAX_WARNINGS = 40
+MAX_DIFFERING = 3  # settings, where no cell of an older sweep is the same
 OF_A_SWEEP = (
     "sweep_name",
     "sweep_order",
@@ -75,7 +76,7 @@ def compose(sweep: Sweep, *, before: Sweep | None = None, baseline: str | None =
             f"{change.cell.label}: {_change_words(change)}" for change in found if change.is_regression
         ]
         top += change_blocks(sweep, before, found)
-        against = change_sentence(before, found)
+        against = change_sentence(sweep, before, found)
     blocks += not_finished(sweep) + commands(sweep) + machine(sweep) + warnings(sweep)
     headline = answers.answers(sweep.of_setting(sweep.settings[0]), baseline) if sweep.cells else []
     return Report(title, top + blocks, headline, figures, regressions, against, runs_document(sweep))
@@ -98,11 +99,12 @@ def draw(cells: Sequence[Cell], baseline: str | None) -> list[Drawn]:
     return [drawn for drawn in found if drawn is not None]
 
 
-def change_sentence(before: Sweep, found: Sequence[answers.Change]) -> str:
+def change_sentence(sweep: Sweep, before: Sweep, found: Sequence[answers.Change]) -> str:
     """How many cells were compared, and with what result: no regression among none is no good news."""
     count = Counter(change.comparison.verdict for change in found if change.comparison)
     if not count:
-        return f"Against {before.sweep_id}: nothing to compare, no cell with times was run with the same settings"
+        said = f"Against {before.sweep_id}: nothing to compare, no cell with times was run with the same settings"
+        return said + ("" if found else _nearest(sweep, before))
     worse = sum(change.is_regression for change in found)
     verdicts = ", ".join(f"{number} {verdict}" for verdict, number in count.most_common())
     return (
@@ -113,7 +115,10 @@ def change_sentence(before: Sweep, found: Sequence[answers.Change]) -> str:
 def change_blocks(sweep: Sweep, before: Sweep, found: Sequence[answers.Change]) -> list[Block]:
     """The cells of both sweeps side by side, what got worse first."""
     if not found:
-        said = f"No cell of {before.sweep_id} was run with the same settings, so nothing can be compared."
+        said = (
+            f"No cell of {before.sweep_id} was run with the same settings{_nearest(sweep, before)}, so nothing can "
+            "be compared."
+        )
         return [Heading(f"Against {before.sweep_id}"), Text(said)]
     worse = [change for change in found if change.is_regression]
     better = [c for c in found if c.comparison and c.comparison.verdict == "faster"]
@@ -134,6 +139,14 @@ def change_blocks(sweep: Sweep, before: Sweep, found: Sequence[answers.Change]) 
     if differences:
         blocks.append(Text("Not only the code may differ. " + ". ".join(differences) + "."))
     return [*blocks, Table(["cell", "before", "now", "verdict on its time"], rows)]
+
+
+def _nearest(sweep: Sweep, before: Sweep) -> str:
+    """` (attention was sdpa_math, is sdpa_flash)`: what keeps two sweeps from being compared."""
+    differing = answers.nearest_difference(sweep, before)
+    named = "; ".join(f"{name} was {old}, is {new}" for name, old, new in differing[:MAX_DIFFERING])
+    rest = len(differing) - MAX_DIFFERING
+    return (f" ({named}" + (f"; and {rest} more" if rest > 0 else "") + ")") if named else ""
 
 
 def _change_words(change: answers.Change) -> str:
