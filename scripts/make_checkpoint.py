@@ -51,8 +51,14 @@ def main() -> int:
             seed=args.seed,
             device=args.device,
         )
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        place = "" if error.filename in (None, str(args.out)) else f" ({error.filename})"
+        print(
+            f"error: cannot write {args.out}: {error.strerror}{place}; write another --out", file=sys.stderr
+        )
         return 2
     for file in files:
         print(f"{file}  {file.stat().st_size / 2**20:,.1f} MiB")

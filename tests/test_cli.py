@@ -139,6 +139,7 @@ ERRORS = [
     (["profile=maybe"], "profile is 'maybe'; write true or false"),
     (["gpus=0"], "gpus is '0'; write a list such as [0,1] or null"),
     (["workload.guidance_scale=4"], "workload.guidance_scale is '4'; write a list such as [5.0] or null"),
+    (["checkpoint="], "checkpoint is empty; write a path, or checkpoint=null"),
     (["checkpoint=[1]"], "checkpoint is '[1]'; write a word or null"),
     (
         ["+experiment=quick_block"],

@@ -176,6 +176,8 @@ def _check(config: RunConfig) -> None:
                 )
     if config.offload.blocks != "auto" and not config.offload.blocks.isdecimal():
         raise UserError(f"offload.blocks is '{config.offload.blocks}'; write a number of blocks, or auto")
+    if config.checkpoint is not None and not config.checkpoint.strip():
+        raise UserError("checkpoint is empty; write a path, or checkpoint=null for random weights")
     check_sweep_name(config.sweep_name)
     if config.tracking.enabled and config.task == "run":
         resolve_uri(config.tracking.uri)  # what it refuses would be lost at the end of the run

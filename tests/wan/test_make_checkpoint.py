@@ -167,6 +167,12 @@ def test_script_errors(tmp_path):
     done = run_script("--model", "tiny", "--out", str(tmp_path / "x.safetensors"), "--layout", "diffusers")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "x.safetensors"
+    done = run_script("--model", "tiny", "--out", str(out))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: cannot write {out}: ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("layout", ["fp8_scaled", "diffusers"])
