@@ -29,6 +29,7 @@ import gc
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -38,6 +39,8 @@ from datetime import UTC, datetime
 from itertools import repeat
 from pathlib import Path
 from typing import Any
+
+from torch.distributed.elastic.multiprocessing import SignalException
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works without an installation, too
@@ -437,4 +440,8 @@ def compare(record: Record, case: Case, job: Job, none_number: int | None) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except SignalException as error:  # torch's agent makes it of SIGTERM, and leaves its handlers
+        print(f"error: ended by {signal.Signals(error.sigval).name}", file=sys.stderr)
+        sys.exit(128 + error.sigval)

@@ -18,6 +18,7 @@ it does not expect to finish. docs/peers.md describes the file. One machine only
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -74,6 +75,7 @@ def launch(options: argparse.Namespace) -> int:
     """Check what can be checked before processes start, then start one for each GPU."""
     from peer_models import CONTENDERS, DEFAULT_CONTENDERS
     from peer_run import run_rank
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
@@ -94,6 +96,9 @@ def launch(options: argparse.Namespace) -> int:
         except ChildFailedError as error:
             print("failed:", {rank: failure.exitcode for rank, failure in error.failures.items()})
             return 1
+        except SignalException as error:
+            print(f"error: ended by {signal.Signals(error.sigval).name}", file=sys.stderr)
+            return 128 + error.sigval
     print(options.out.read_text())
     return 0
 
