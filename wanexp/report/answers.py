@@ -236,13 +236,12 @@ def nearest_difference(now: Sweep, before: Sweep) -> list[tuple[str, str, str]]:
     if not all(sides):
         return []
     known = _known_to_all([flat for side in sides for flat in side])
-    found = (
+    found = [
         [(name, old[name], new[name]) for name in new if name in known and old[name] != new[name]]
         for old, new in product(*sides)
-    )
-    return sorted(
-        min(found, key=len), key=lambda one: not one[0].endswith(".name")
-    )  # what brings others with it
+    ]
+    nearest = min(found, key=len)
+    return sorted(nearest, key=lambda one: not one[0].endswith(".name"))  # what brings others with it is first
 
 
 def _known_to_all(flats: Sequence[Mapping[str, str]]) -> set[str]:
