@@ -241,7 +241,7 @@ def nearest_difference(now: Sweep, before: Sweep) -> list[tuple[str, str, str]]:
         for old, new in product(*sides)
     ]
     nearest = min(found, key=len)
-    return sorted(nearest, key=lambda one: not one[0].endswith(".name"))  # what brings others with it is first
+    return sorted(nearest, key=lambda one: not one[0].endswith(".name"))  # it brings others with it
 
 
 def _known_to_all(flats: Sequence[Mapping[str, str]]) -> set[str]:
