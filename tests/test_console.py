@@ -49,7 +49,13 @@ def record(**fields: Any) -> Record:
     return Record(**{"run_id": "id", "name": "run", "started": "2026-11-22", "requested": {}, **fields})
 
 
-TO_COPY = ("Best for ", "Ranked first", "Asked for", "Would fit", "Nothing fits")  # lines that are not wrapped
+TO_COPY = (
+    "Best for ",
+    "Ranked first",
+    "Asked for",
+    "Would fit",
+    "Nothing fits",
+)  # lines that are not wrapped
 
 
 class Screen:
