@@ -188,7 +188,7 @@ def test_decisions(model, hardware, precision, video, best, one_gpu, spread):
 
 def test_guide_1_two_rtx4090_with_14b_is_not_data_parallel():
     """26.6 GiB of weights on each replica do not fit 24 GB. 13.3 of shards or of blocks do: 13.3 + 2.4 of gathered
-    blocks + 2.7 + 0.4 + 1.0 = 19.7, or with two forwards in the pipeline 13.3 + 2.7 + 0.3 + 0.4 + 0.8 = 17.5.
+    blocks + 2.7 + 0.4 + 0.9 = 19.7, or with two forwards in the pipeline 13.3 + 2.7 + 0.3 + 0.4 + 0.8 = 17.5.
     """
     result = planned("model=wan2.1_t2v_14b", "hardware=2x_rtx4090")
     assert result.winner and result.winner.name == "hybrid x 2, cfg=2 x shard=2"
