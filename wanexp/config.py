@@ -64,7 +64,7 @@ class DeviceProfile:
 
     name: str = ""  # as NVML and torch report it; empty: numbers of your own, for whatever device is found
     memory_gib: float | None = None
-    compute_capability: float | None = None  # NVIDIA's, such as 8.9: which kernels run; None: no float8 is counted
+    compute_capability: float | None = None  # NVIDIA's, such as 8.9; None: float8 is not counted on
     bf16_tflops: float | None = None
     fp32_tflops: float | None = None  # without tensor cores
     memory_bandwidth_gb_s: float | None = None
