@@ -161,7 +161,8 @@ def write_sweep(folder: Path, records: list[Record], *, absent: bool = True) -> 
         entries.append(
             {
                 "index": index,
-                "overrides": record.overrides,
+                "overrides": [*record.overrides, "resume=True"],  # as after a resumption
+                "run_id": record.run_id,
                 "folder": place.name,
                 "outcome": record.outcome,
                 "message": record.message,

@@ -11,7 +11,9 @@ from wanexp.errors import UserError
 from wanexp.record import Record
 from wanexp.report.cells import Run
 from wanexp.report.collect import MAX_POINTS, lighten, make_cells, read_sweep
+from wanexp.report.compose import compose
 from wanexp.report.modes import STYLES
+from wanexp.report.page import to_markdown
 
 
 def cells_of(*records: Record):
@@ -49,6 +51,17 @@ def test_the_newer_sweep_json_is_read_too(tmp_path: Path) -> None:
     (folder / "sweep.json").write_text(json.dumps(document))
     assert [cell.outcome for cell in read_sweep(folder).cells] == ["finished", "skipped", "waiting"]
     assert "two devices" in read_sweep(folder).cells[1].reason
+
+
+def test_a_record_that_is_gone_is_no_result(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", [record_of("none", 1), record_of("fsdp", 2)], absent=False)
+    next(folder.glob("0001_*/record.json")).unlink()
+    sweep = read_sweep(folder)
+    assert [(cell.mode, cell.outcome) for cell in sweep.cells] == [
+        ("none", "finished"),
+        ("fsdp", "no record"),
+    ]
+    assert "| no record |" in to_markdown(compose(sweep).blocks)
 
 
 def test_a_repeat_that_is_missing_is_no_cell(tmp_path: Path) -> None:

@@ -147,8 +147,10 @@ def _cell_of(runs: list[Run]) -> Cell:
 
 
 def _absent_cell(entry: Mapping[str, Any], setting: str, common: Set[str]) -> Cell:
-    """A cell that was never run, as far as its overrides tell. setting: that of the sweep, where it has one; common:
-    overrides of all cells, which tell none apart."""
+    """A cell that was never run, or whose record is gone, as far as its overrides tell.
+
+    setting: that of the sweep, where it has one. common: overrides of all cells, which tell none apart.
+    """
     overrides = [str(text) for text in entry.get("overrides") or []]
     chosen = dict(text.lstrip("+").partition("=")[::2] for text in overrides)
     gpus = chosen.get("gpus", "").strip("[]")
@@ -158,6 +160,7 @@ def _absent_cell(entry: Mapping[str, Any], setting: str, common: Set[str]) -> Ce
         or str(entry.get("name") or "?").split()[0]
     )
     hidden = ("parallelism", "parallelism.mode", "gpus", "sweep", "sweep_name", "model", "video", "workload")
+    outcome = str(entry.get("outcome") or "waiting")
     return Cell(
         mode=mode,
         num_devices=len(gpus.split(",")) if gpus and gpus != "null" else 0,
@@ -169,7 +172,7 @@ def _absent_cell(entry: Mapping[str, Any], setting: str, common: Set[str]) -> Ce
             )
             if key not in hidden
         ),
-        outcome=str(entry.get("outcome") or "waiting"),
+        outcome="no record" if outcome == "finished" else outcome,
         reason=str(entry.get("reason") or entry.get("message") or ""),
         overrides=overrides,
     )

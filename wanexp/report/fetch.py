@@ -49,17 +49,11 @@ def fetch_sweep(sweep_id: str, tracking: TrackingConfig) -> Sweep:
             f"sweep_id={sweep_id}"
         )
     entries = entries_of(document)
-    place: dict[tuple[str, ...], int] = {}
-    for number, entry in enumerate(entries):
-        place.setdefault(_overrides(entry), number)
-    runs.sort(key=lambda run: (place.get(tuple(run.record.overrides), len(entries)), run.record.started))
-    ran = {tuple(run.record.overrides) for run in runs}
-    absent = without_runs(entries, [_overrides(entry) in ran for entry in entries])
+    place = {entry.get("run_id"): number for number, entry in enumerate(entries)}
+    runs.sort(key=lambda run: (place.get(run.record.run_id, len(entries)), run.record.started))
+    ran = {run.record.run_id for run in runs}
+    absent = without_runs(entries, [entry.get("run_id") in ran for entry in entries])
     return Sweep(sweep_id, make_cells(runs, absent), document=document)
-
-
-def _overrides(entry: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(map(str, entry.get("overrides") or ()))
 
 
 def runs_of(client: "MlflowClient", experiment_id: str, query: str) -> Iterator["MlflowRun"]:
