@@ -72,7 +72,8 @@ def sweep(fakes, monkeypatch):
 
 
 def folders(path):
-    return sorted(item.name for item in path.iterdir() if item.is_dir())
+    """Of the runs; the report's figures lie beside them."""
+    return sorted(item.name for item in path.iterdir() if item.is_dir() and item.name != "figures")
 
 
 def sweep_file(path):
