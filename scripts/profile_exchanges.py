@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))  # works without an installation, too
 from bench_case import parse_case
 from peer_models import random_weights
 
-from wanexp.parallel import ulysses
+from wanexp.parallel import shares, ulysses
 from wanexp.parallel.context_parallel import context_parallel
 from wanexp.parallel.fsdp import shard_with_fsdp
 from wanexp.parallel.peer_memory import PeerMemory, open_peer_memory
@@ -151,7 +151,8 @@ def split_models(
     assert dist.group.WORLD is not None
     found = {"whole": whole(), "collectives": split()}
     if device.type == "cuda" and (memories := open_peer_memory([dist.group.WORLD], device)):
-        found["copies"] = split(memories[0])
+        shares.MIN_HEADS_SENT = 0  # whether it pays or not
+        found["copies, rows apart"] = split(memories[0])
         found["copies, all rows at once"] = split(memories[0], apart=False)
     carrier, ulysses.Collectives = ulysses.Collectives, Nothing  # type: ignore[assignment,misc]
     found["nothing exchanged"] = split()

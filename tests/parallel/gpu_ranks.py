@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from tests.offload.models import SMALL, inputs, load, meta_model
+from wanexp.parallel import shares
 from wanexp.parallel.layout import split_evenly
 from wanexp.parallel.loading import Loader
 from wanexp.parallel.peer_memory import PeerMemory, bytes_in_use, open_peer_memory
@@ -57,6 +58,7 @@ def _enter(rank: int, world_size: int, folder: str, function: Callable[..., Any]
         timeout=timedelta(seconds=60),
         device_id=device,
     )
+    shares.MIN_HEADS_SENT = 0  # so that rows are attended apart
     torch.save(function(device, rank, *arguments), Path(folder) / f"{rank}.pt")
     torch.cuda.synchronize(device)
     dist.barrier()
@@ -85,9 +87,9 @@ def _exchange(device: torch.device, rank: int) -> list[float]:
     slow = (torch.cuda.current_stream(device), memory._beside, memory._copying, None)
     for tokens, heads, batch in ((37, 5, 1), (1000, 12, 2), (999, 9, 1), (5000, 40, 1), (37, 5, 1)) * 4:
         first = tokens - tokens // 3
-        shares = [first, *split_evenly(tokens - first, memory.size - 1)]
+        tokens_of = [first, *split_evenly(tokens - first, memory.size - 1)]
         exchanges = [
-            Exchange(memory.group, lambda shares=shares: shares, Traffic(), carrier)
+            Exchange(memory.group, lambda tokens_of=tokens_of: tokens_of, Traffic(), carrier)
             for carrier in (None, memory)
         ]
         for number in range(6):  # one after the other, so that places are written to again
@@ -96,7 +98,7 @@ def _exchange(device: torch.device, rank: int) -> list[float]:
                 with torch.cuda.stream(stream):
                     torch.cuda._sleep(5_000_000)
             q, k, v = (
-                torch.randn(batch, shares[rank], heads, 64, device=device).bfloat16() for _ in range(3)
+                torch.randn(batch, tokens_of[rank], heads, 64, device=device).bfloat16() for _ in range(3)
             )
             results = []
             for exchange, apart in zip(exchanges, (False, number % 3 > 0), strict=True):

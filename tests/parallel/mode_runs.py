@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from tests.parallel.shared_memory import SharedMemory
 from wanexp.events import EventLog
 from wanexp.job import Job
-from wanexp.parallel import cfg_parallel, parallelize, ulysses
+from wanexp.parallel import cfg_parallel, parallelize, shares, ulysses
 from wanexp.parallel.groups import Groups
 from wanexp.parallel.peer_memory import release_all
 from wanexp.planning.plan import reference_plan
@@ -76,7 +76,7 @@ class RunOverPeers(WatchedRun):
             return SharedMemory(group, folder)
 
         parallelize.PeerMemory = memory
-        ulysses.TILE_ROWS = 2  # so that few rows are attended in two runs, too
+        ulysses.TILE_ROWS, shares.MIN_HEADS_SENT = 2, 0  # so that few rows are attended in two runs, too
         used = {axis: group for axis, group in groups.all().items() if axis in ("ulysses", "shard")}
         self.memories = {axis: memory(group, self.devices[0]) for axis, group in used.items()}
         return dataclasses.replace(groups, memories=self.memories)

@@ -19,7 +19,7 @@ from wanexp.errors import LayoutError, UserError
 from wanexp.parallel import ring as ring_attention
 from wanexp.parallel.context_parallel import context_parallel
 from wanexp.parallel.ring import merge
-from wanexp.parallel.shares import check_context_parallel, head_shares, token_shares
+from wanexp.parallel.shares import check_context_parallel, head_shares, rows_apart_pay, token_shares
 from wanexp.parallel.traffic import context_parallel_bytes
 from wanexp.parallel.ulysses import join_heads, pack_heads
 from wanexp.wan.architecture import WanArchitecture
@@ -193,6 +193,7 @@ def mean_of_parts(out, lse, block_out, _block_lse):
 
 
 @mock.patch("wanexp.parallel.ulysses.TILE_ROWS", 2)  # so that few rows are attended in two runs, too
+@mock.patch("wanexp.parallel.shares.MIN_HEADS_SENT", 0)
 def run_cases(rank: int, world_size: int, folder: str | None = None) -> dict[str, dict]:
     """folder: of memory that all ranks write to, to have copies carry the exchanges of Ulysses."""
     made: dict = {}
@@ -355,6 +356,23 @@ def test_refusals():
 
 
 # --- the pure parts ---
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "ulysses", "batch", "expected"),
+    [
+        (40, 2, 1, True),  # 14B: of each token of the video a rank sends 10 heads
+        (40, 4, 1, True),  # 7.5
+        (40, 8, 1, False),  # 4.4
+        (12, 2, 1, False),  # 1.3B: 3
+        (12, 2, 2, True),
+        (12, 8, 1, False),
+    ],
+)
+def test_where_rows_go_apart(num_heads, ulysses, batch, expected):
+    for num_tokens in (32760, 75600):
+        tokens = token_shares(num_tokens, ulysses=ulysses, ring=1)[0]
+        assert rows_apart_pay(batch, tokens, head_shares(num_heads, ulysses)) == expected
 
 
 def test_the_check_names_every_factor():

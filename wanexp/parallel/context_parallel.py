@@ -59,7 +59,8 @@ def context_parallel(
         ulysses: the ranks with this rank's ring rank, neighbours in token order; None for a degree of 1.
         ring: the ranks with this rank's Ulysses rank; None for a degree of 1.
         memory: of the Ulysses group, to have copy engines carry its exchanges; None: the group itself does.
-        apart: with copy engines, attend own rows while those of the others travel, where the kernel allows it.
+        apart: with copy engines, attend own rows while those of the others travel, where the kernel allows it and
+            it pays.
 
     Raises:
         LayoutError: more Ulysses ranks than heads; at the first forward, more ranks than tokens.

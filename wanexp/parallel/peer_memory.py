@@ -26,6 +26,8 @@ from torch.distributed import ProcessGroup
 
 ALIGNMENT = 512  # bytes, of the places in it
 PLACES = 4  # of equal size that Ulysses divides it in
+CHANNELS = PLACES + 1
+MAX_VIEWS = 1024  # kept, of places: several for each size of forward
 PATIENCE_S = 10.0  # with a first flag
 
 # Objects of multicast, which torch makes where GPUs know it, are of no use here.
@@ -42,14 +44,16 @@ def nothing() -> None:
 class PeerMemory:
     """The memory of this rank and its view of the others'. Made, and reserved, by all ranks of `group` together.
 
-    num_bytes: on each rank. num_begun: exchanges that this rank has begun; who lags behind the others of its group
-    in this holds them up. until_read: has the current stream wait until the others have read what they got last; set
-    where nothing that they send tells it.
+    others: ranks of the group, those after this one first, so that not all write to the same. num_bytes: on each rank.
+    num_begun: exchanges that this rank has begun; who lags behind the others of its group in this holds them up.
+    until_read: has the current stream wait until the others have read what they got last; set where nothing that they
+    send tells it.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self.group, self.device = group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.others = [(self.rank + step) % self.size for step in range(1, self.size)]
         self._copying = torch.cuda.Stream(device)
         self._beside = torch.cuda.Stream(device, priority=-1)
         self.until_read: Callable[[], None] = nothing
@@ -58,13 +62,12 @@ class PeerMemory:
         self._own: Any = None
         self._handle: Any = None
         self._of_ranks: list[Tensor] = []
+        self._flags: dict[tuple[int, int], Tensor] = {}  # by rank and channel, those that this rank raises
         self._raised = torch.ones(1, dtype=torch.int32, device=device)
+        self._views: dict[
+            tuple[int, int, int, torch.dtype], Tensor
+        ] = {}  # of places, which blocks ask for anew
         _opened.append(self)
-
-    @property
-    def others(self) -> list[int]:
-        """Ranks of the group, those after this one first, so that not all write to the same."""
-        return [(self.rank + step) % self.size for step in range(1, self.size)]
 
     @torch.inference_mode(False)  # memory made within it could not be written to without
     def reserve(self, num_bytes: int) -> None:
@@ -77,7 +80,7 @@ class PeerMemory:
         # Nobody may still be writing to what is given up here.
         dist.all_reduce(self._raised.clone(), group=self.group)
         torch.cuda.synchronize(self.device)
-        self._of_ranks = []
+        self._of_ranks, self._flags, self._views = [], {}, {}
         self._own = self._handle = None
         self.until_read = nothing
         # It is free when all have let go of it, and old and new might not both fit; nor is free what torch keeps.
@@ -89,11 +92,21 @@ class PeerMemory:
             self._own if rank == self.rank else self._handle.get_buffer(rank, (num_bytes,), torch.uint8)
             for rank in range(self.size)
         ]
+        for rank in self.others:
+            for channel in range(CHANNELS):
+                self._flags[rank, channel] = self._flag(rank, channel, of=self.rank)
         self.num_bytes = num_bytes
 
     def place(self, rank: int, start: int, num_elements: int, dtype: torch.dtype) -> Tensor:
         """A flat view of `num_elements` in the memory of `rank` from byte `start` on, a multiple of their size."""
-        return self._of_ranks[rank].narrow(0, start, num_elements * dtype.itemsize).view(dtype)
+        key = (rank, start, num_elements, dtype)
+        if key not in self._views:
+            if len(self._views) == MAX_VIEWS:
+                self._views = {}
+            with torch.inference_mode(False):  # one that is kept serves outside of it, too
+                whole = self._of_ranks[rank]
+                self._views[key] = whole.narrow(0, start, num_elements * dtype.itemsize).view(dtype)
+        return self._views[key]
 
     def now(self) -> torch.cuda.Event:
         """What the current stream has been given until here, for `beside`."""
@@ -124,8 +137,7 @@ class PeerMemory:
                 if rank in parts:
                     start, part = parts[rank]
                     self.place(rank, start, len(part), part.dtype).copy_(part)
-                flag = self._flag(rank, channel, of=self.rank)
-                flag.copy_(self._raised)  # by a copy engine too, after the part
+                self._flags[rank, channel].copy_(self._raised)  # by a copy engine too, after the part
             copied = self._copying.record_event()
 
         def wait() -> None:

@@ -11,6 +11,7 @@ from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.part import Part
 
 ROWS_MULTIPLE, ROWS_REST = 16, 8
+MIN_HEADS_SENT = 5  # of each token, from where on rows of the attention go apart
 
 _BY_HEADS = re.compile(
     r"blocks\.\d+\.(self|cross)_attn\.(([qkv]|k_img|v_img)\.(weight|bias)|norm_\w+\.weight)"
@@ -121,6 +122,19 @@ def head_shares(num_heads: int, ulysses: int) -> tuple[int, ...]:
             "and spread the rest over ring"
         )
     return tuple(split_evenly(num_heads, ulysses))
+
+
+def rows_apart_pay(batch: int, tokens: Sequence[int], heads: Sequence[int]) -> bool:
+    """Whether a Ulysses rank gains by attending some rows of q while q and o of others travel.
+
+    What it hides is the time of an exchange; what it costs are more kernels' ends, each with multiprocessors idle for a
+    part of the time that one tile of rows takes against all keys. But for the hardware's speeds their ratio is the
+    number of heads that a rank sends of each token of the video. On H200 over NVLink it pays at 10 and 7.5 (14B on two
+    and four GPUs) and costs at 3 and 2.3 (1.3B): docs/results/exchanges.md.
+
+    batch: of a forward. tokens, heads: of each rank of the group, so that all come to the same answer.
+    """
+    return batch * min(tokens) * (sum(heads) - max(heads)) >= MIN_HEADS_SENT * sum(tokens)
 
 
 def check_context_parallel(*, num_heads: int, num_tokens: int, ulysses: int, ring: int) -> None:

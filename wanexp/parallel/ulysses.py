@@ -19,11 +19,13 @@ apart, and nobody waits for q and o either:
     own rows, first half | rows of the others  | own rows, second half
     q is on its way      | q has arrived       | o of the others' rows is on its way
 
-Such an o is sent before the last rows are attended: that v, k and q have been read a flag behind these tells.
+Such an o is sent before the last rows are attended: that v, k and q have been read a flag behind these tells. Where
+that costs more than it hides (`shares.rows_apart_pay`) all rows go together.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import cycle
 from typing import Protocol
 
@@ -33,7 +35,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from wanexp.parallel.peer_memory import ALIGNMENT, PLACES, PeerMemory, nothing
-from wanexp.parallel.shares import head_shares
+from wanexp.parallel.shares import head_shares, rows_apart_pay
 from wanexp.parallel.traffic import Traffic
 from wanexp.wan.attention import AttentionFunction
 
@@ -54,6 +56,29 @@ class Sizes:
     received: list[int]
     starts: list[int]
     largest: int
+
+
+@lru_cache(maxsize=64)
+def sizes_of(
+    rank: int, row: int, mine: tuple[int, ...], theirs: tuple[int, ...], *, own_first: bool = False
+) -> Sizes:
+    """From its share of `mine` (tokens, or heads back again) and all of `theirs` to all of `mine`, its own of `theirs`.
+
+    row: elements of one head of one token. own_first: as of `Exchange.send`.
+    """
+    own, given, size = mine[rank], theirs[rank], len(mine)
+    around = [*mine, *mine]
+    # At each rank, the shares between the first that it receives and this rank's.
+    before = [
+        sum(around[other : other + (rank - other) % size] if own_first else mine[:rank])
+        for other in range(size)
+    ]
+    return Sizes(
+        packed=[row * own * share for share in theirs],
+        received=[row * share * given for share in mine],
+        starts=[row * first * share for first, share in zip(before, theirs, strict=True)],
+        largest=row * max(sum(mine) * max(theirs), max(mine) * sum(theirs)),
+    )
 
 
 @dataclass
@@ -103,9 +128,9 @@ class Exchange:
         and goes on with those of the ranks after it, around the group; by copy engines only.
         """
         batch, _, num_heads, head_dim = x.shape
-        tokens, place = self.tokens(), next(self._places)
+        tokens, place = tuple(self.tokens()), next(self._places)
         heads = head_shares(num_heads, len(tokens))
-        sizes = self._sizes(batch * head_dim, tokens, heads, own_first=own_first)
+        sizes = sizes_of(self.rank, batch * head_dim, tokens, heads, own_first=own_first)
         parcel = self.carrier.parcel(x, sizes, place)
         pack_heads(x, heads, parcel.chunks)
         sent = self._start(parcel, sizes, place)
@@ -125,13 +150,13 @@ class Exchange:
         """Self-attention of all tokens; `q` and the result are [batch, own tokens, heads, head_dim].
 
         `attend` gets [batch, all tokens, own heads, head_dim]. rows: tokens that the result is to have, zeros behind
-        the own ones; None for these alone. apart: some rows of q at a time, where copy engines carry.
+        the own ones; None for these alone. apart: some rows of q at a time, where copy engines carry and it pays.
         """
         batch, own_tokens, num_heads, head_dim = q.shape
-        tokens = self.tokens()
+        tokens = tuple(self.tokens())
         heads = head_shares(num_heads, len(tokens))
-        sizes = self._sizes(batch * head_dim, heads, tokens)
-        if apart:
+        sizes = sizes_of(self.rank, batch * head_dim, heads, tokens)
+        if apart and rows_apart_pay(batch, tokens, heads):
             own, back = self._attend_apart(attend, self.send(q, own_first=True), k, v, own_tokens, sizes)
         else:
             packed = _flat(attend(self.send(q).wait(), k.wait(), v.wait()))
@@ -164,27 +189,6 @@ class Exchange:
         # Copies leave in their order: behind this flag the rows beside have been attended, too.
         memory.until_read = memory.exchange({}, channel=READ)
         return own, back
-
-    def _sizes(
-        self, row: int, mine: Sequence[int], theirs: Sequence[int], *, own_first: bool = False
-    ) -> Sizes:
-        """From my share of `mine` (tokens, or heads back again) and all of `theirs` to all of `mine`, mine of `theirs`.
-
-        row: elements of one head of one token. own_first: as of `send`.
-        """
-        own, given, size = mine[self.rank], theirs[self.rank], len(mine)
-        around = [*mine, *mine]
-        # At each rank, the shares between the first that it receives and mine.
-        before = [
-            sum(around[rank : rank + (self.rank - rank) % size] if own_first else mine[: self.rank])
-            for rank in range(size)
-        ]
-        return Sizes(
-            packed=[row * own * share for share in theirs],
-            received=[row * share * given for share in mine],
-            starts=[row * first * share for first, share in zip(before, theirs, strict=True)],
-            largest=row * max(sum(mine) * max(theirs), max(mine) * sum(theirs)),
-        )
 
     def _start(self, parcel: Parcel, sizes: Sizes, place: int) -> "Sent":
         element = parcel.chunks[0].element_size()

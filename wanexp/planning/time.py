@@ -19,6 +19,7 @@ from wanexp.offload.sizes import block_bytes
 from wanexp.offload.swap_plan import swapped_forward_s
 from wanexp.parallel.layout import Layout
 from wanexp.parallel.pipeline import best_chunks, pipeline_time, stages_of
+from wanexp.parallel.shares import head_shares, rows_apart_pay, token_shares
 from wanexp.parallel.traffic import ring_factor
 from wanexp.planning.activations import Sizes
 from wanexp.planning.block_work import (
@@ -162,8 +163,13 @@ def block_seconds(
         sent = part / layout.tp * (layout.ulysses - 1) / layout.ulysses
         one_s = sent / carried + rates.latency_s
         # v and k travel beside the products of k and q; q and the result by copy engines each beside half of the own
-        # rows' attention, else beside nothing.
-        apart = copies and layout.ring == 1 and not kernels.has_float8_attention
+        # rows' attention where these go apart, else beside nothing.
+        pays = rows_apart_pay(
+            s.batch,
+            token_shares(s.tokens, ulysses=layout.ulysses, ring=layout.ring)[-1],
+            head_shares(s.arch.num_heads // layout.tp, layout.ulysses),
+        )
+        apart = copies and pays and layout.ring == 1 and not kernels.has_float8_attention
         half_s = attention_s / layout.ulysses / 2 if apart else 0.0
         compute_s += waited_for(2 * one_s, 2 * query_s, taken) + 2 * max(0.0, one_s - half_s)
     if layout.ring > 1:
