@@ -23,6 +23,7 @@ from wanexp.parallel.traffic import Traffic, ring_factor
 from wanexp.wan import fused
 from wanexp.wan.architecture import NORM_EPS
 from wanexp.wan.block import RMSNorm, WanBlock
+from wanexp.wan.operators import operator
 from wanexp.wan.part import Part
 from wanexp.wan.rope import Rope
 from wanexp.wan.transformer import WanTransformer
@@ -99,7 +100,7 @@ def _sum_over_ranks(tensor: Tensor, reducer: int) -> Tensor:
 
 
 # An operator of its own, so that torch.compile keeps it whole and the bytes are counted when it runs, not when traced.
-@torch.library.custom_op("wanexp::all_reduce", mutates_args=("tensor",))
+@operator("wanexp::all_reduce", mutates=("tensor",))
 def _all_reduce(tensor: Tensor, reducer: int) -> None:
     group, traffic = _REDUCERS[reducer]
     dist.all_reduce(tensor, group=group)

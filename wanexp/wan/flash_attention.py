@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from wanexp.errors import KernelError
+from wanexp.wan.operators import operator
 from wanexp.wan.quantize_rows import triton_can_run
 
 FLASH_KERNELS = ("fa3", "fa4", "fa3_fp8")
@@ -94,7 +95,12 @@ def refusal(
     return None
 
 
-@torch.library.custom_op("wanexp::quantise_per_head", mutates_args=())
+def _empty_quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    batch, _, heads, _ = x.shape
+    return x.new_empty(x.shape, dtype=FP8), x.new_empty((batch, heads), dtype=torch.float32)
+
+
+@operator("wanexp::quantise_per_head", fake=_empty_quantised)
 def quantise_per_head(x: Tensor) -> tuple[Tensor, Tensor]:
     """[batch, tokens, heads, head_dim] -> the same in e4m3, and fp32 [batch, heads] that multiplied with it gives x.
 
@@ -104,12 +110,6 @@ def quantise_per_head(x: Tensor) -> tuple[Tensor, Tensor]:
     if triton_can_run(x.device) and x.numel():
         return quantise_by_kernels(x)
     return quantise_in_torch(x)
-
-
-@quantise_per_head.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    batch, _, heads, _ = x.shape
-    return x.new_empty(x.shape, dtype=FP8), x.new_empty((batch, heads), dtype=torch.float32)
 
 
 def quantise_in_torch(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,43 +177,27 @@ def _call(kernel: str, q: Tensor, k: Tensor, v: Tensor, **options: Tensor) -> tu
     return out.contiguous(), lse.contiguous()
 
 
-def _shapes_of(q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, _ = q.shape
+def _empty_results(q: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads = q.shape[:3]
+    dtype = torch.bfloat16 if q.dtype == FP8 else q.dtype
     return q.new_empty(q.shape, dtype=dtype), q.new_empty((batch, heads, tokens), dtype=torch.float32)
 
 
-@torch.library.custom_op("wanexp::fa3", mutates_args=())
+@operator("wanexp::fa3", fake=_empty_results)
 def _fa3(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return _call("fa3", q, k, v)
 
 
-@_fa3.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return _shapes_of(q, q.dtype)
-
-
-@torch.library.custom_op("wanexp::fa4", mutates_args=())
+@operator("wanexp::fa4", fake=_empty_results)
 def _fa4(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return _call("fa4", q, k, v)
 
 
-@_fa4.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return _shapes_of(q, q.dtype)
-
-
-@torch.library.custom_op("wanexp::fa3_fp8", mutates_args=())
+@operator("wanexp::fa3_fp8", fake=_empty_results)
 def _fa3_fp8(
     q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor, k_descale: Tensor, v_descale: Tensor
 ) -> tuple[Tensor, Tensor]:
     return _call("fa3_fp8", q, k, v, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-
-
-@_fa3_fp8.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor, k_descale: Tensor, v_descale: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _shapes_of(q, torch.bfloat16)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -11,8 +11,8 @@ For inference on GPUs. Where the plain torch path of `block.py` makes three to t
 
 They round where the plain path does, or less often, and write over their operands where the block owns these. What a
 float8 layer reads (`reader`) they write in float8 with a scale a row, from fp32 that was never rounded to 16 bits, and
-give the memory of the operand back that they would have written over. Operators
-of torch.library, so that torch.compile keeps them whole. Triton itself is imported at the first call only.
+give the memory of the operand back that they would have written over. To torch.compile they are operators of
+torch.library, which it keeps whole. Triton itself is imported at the first call only.
 """
 
 import importlib.util
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from wanexp.errors import KernelError, UserError
 from wanexp.wan import quantize_rows as rows
 from wanexp.wan.architecture import NORM_EPS
+from wanexp.wan.operators import operator
 from wanexp.wan.quantize_rows import QuantizedInput
 from wanexp.wan.rope import Rope
 
@@ -266,7 +267,7 @@ def _rows(vectors: Tensor) -> int:
 # Triton launches on the current device, whatever its tensors say: hence device_of in each.
 
 
-@torch.library.custom_op("wanexp::add_and_norm", mutates_args=("x_out", "normed", "scales"))
+@operator("wanexp::add_and_norm", mutates=("x_out", "normed", "scales"))
 def _add_and_norm(
     x: Tensor,
     update: Tensor | None,
@@ -310,7 +311,7 @@ def _add_and_norm(
         )
 
 
-@torch.library.custom_op("wanexp::rms_norm", mutates_args=("x",))
+@operator("wanexp::rms_norm", mutates=("x",))
 def _rms_norm(
     x: Tensor,
     weight: Tensor,
@@ -343,7 +344,7 @@ def _rms_norm(
         )
 
 
-@torch.library.custom_op("wanexp::gelu_tanh", mutates_args=("x",))
+@operator("wanexp::gelu_tanh", mutates=("x",))
 def _gelu(x: Tensor) -> None:
     from wanexp.wan.triton_kernels import gelu_tanh
 

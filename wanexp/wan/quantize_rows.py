@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wanexp.wan.operators import operator
+
 E4M3 = torch.float8_e4m3fn
 LIMITS = {E4M3: 448.0, torch.int8: 127.0}
 FLOAT8_CAPABILITY = (8, 9)  # of the first GPUs with float8 units
@@ -75,7 +77,7 @@ def row_tile(width: int) -> int:
     return min(1024 if width <= 8192 else 2048, 1 << (width - 1).bit_length())
 
 
-@torch.library.custom_op("wanexp::quantize_rows", mutates_args=("values", "scales"))
+@operator("wanexp::quantize_rows", mutates=("values", "scales"))
 def _quantize_rows(x: Tensor, values: Tensor, scales: Tensor, gelu: bool) -> None:
     from wanexp.wan.triton_kernels import quantize_rows
 

@@ -1,0 +1,32 @@
+"""Functions that launch kernels, as operators of torch.library where a compiler looks."""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+
+Launch = TypeVar("Launch", bound=Callable[..., Any])
+
+
+def operator(
+    name: str, *, mutates: Sequence[str] = (), fake: Callable[..., Any] | None = None
+) -> Callable[[Launch], Launch]:
+    """Have torch.compile keep a function whole: to it the operator `name`; else it is called as it is.
+
+    For inference: as it is, autograd knows nothing of it. An operator written in Python costs the host several times
+    what the launch in it does. mutates: arguments that it writes to. fake: gives empty results for the same arguments.
+    """
+
+    def make(launch: Launch) -> Launch:
+        compiled = torch.library.custom_op(name, launch, mutates_args=mutates)
+        if fake is not None:
+            compiled.register_fake(fake)
+
+        @wraps(launch)
+        def call(*arguments: Any) -> Any:
+            return (compiled if torch.compiler.is_compiling() else launch)(*arguments)
+
+        return call  # type: ignore[return-value]
+
+    return make
