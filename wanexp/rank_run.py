@@ -202,6 +202,7 @@ class RankRun:
             "window": [begin, time.time()],
             "step_s": self.stopwatch.step_s,
             "forward_s": self.stopwatch.forward_s,
+            "lead_s": self.stopwatch.lead_s,
             "forwards_per_step": len(self.stopwatch.forward_s) / total,  # an expert may run without guidance
             "bytes_per_forward": sent,
             "swap": {

@@ -24,7 +24,7 @@ from wanexp.hardware.profiles import profile_for
 from wanexp.hardware.telemetry import TelemetrySampler
 from wanexp.job import Job
 from wanexp.measure.environment import host_environment
-from wanexp.measure.results import latency_metrics, run_metrics, step_seconds
+from wanexp.measure.results import host_warning, latency_metrics, run_metrics, step_seconds
 from wanexp.measure.statistics import noise_warning, summarise_samples
 from wanexp.planning.plan import Plan, is_lossy_run, parity_tolerance, reference_plan
 from wanexp.planning.planner import cap_memory
@@ -271,6 +271,8 @@ def take_results(record: Record, config: RunConfig, prepared: Prepared, launched
         record.effective |= first["effective"]
         record.warnings += first["warnings"]
         record.environment |= first["environment"]
+        if warning := host_warning(config, plan, reports):
+            record.warnings.append(warning)
     if steps and config.workload.num_warmup_steps == 0:
         record.warnings.append(
             "the first timed step has one-time set-up in it (workload.num_warmup_steps=0), such as the compilation of "

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.conftest import Composer, cpu_devices
-from wanexp.measure.results import GIB, latency_metrics, run_metrics
+from wanexp.measure.results import GIB, host_warning, latency_metrics, run_metrics
 from wanexp.planning.plan import make_plan
 
 
@@ -22,6 +22,7 @@ def report(step_s: list[float], label: str, **changes) -> dict:
     return {
         "step_s": step_s,
         "forward_s": [step / 2 for step in step_s for _ in range(2)],
+        "lead_s": [],
         "forwards_per_step": 2,
         "warmup_s": 3.0,
         "load": load(2.0, GIB // 4),
@@ -56,6 +57,25 @@ def test_latency_and_throughput(config, plan):
     assert metrics["throughput/videos_per_hour"] == pytest.approx(360.0)
     assert metrics["throughput/frames_per_second"] == pytest.approx(0.5)
     assert latency_metrics(config, plan, []) == {}
+
+
+def test_a_gpu_that_waits_for_its_host(config, plan, run_config: Composer):
+    """The lead of the rank that has the least; a warning where that is no queue of kernels at all."""
+    reports = {
+        0: report([1.0], "a", lead_s=[0.04, 0.05]),
+        1: report([1.0], "b", lead_s=[0.002, 0.0001, 0.0003]),
+    }
+    metrics = run_metrics(config, plan, reports, peak_tflops=None)
+    assert metrics["latency/host_lead_ms"] == pytest.approx(0.3)
+    assert "host-bound: the GPU of rank 1 was done" in host_warning(config, plan, reports)
+    reports[1]["lead_s"] = [0.002, 0.003]
+    assert host_warning(config, plan, reports) is None
+    reports[1]["lead_s"] = reports[0]["lead_s"] = [0.0]
+    assert "the GPU of ranks 0, 1 was" in host_warning(config, plan, reports)
+    assert host_warning(run_config("workload=train"), plan, reports) is None
+    assert "latency/host_lead_ms" not in run_metrics(
+        config, plan, {rank: report([1.0], "a") for rank in range(2)}, peak_tflops=None
+    )
 
 
 def test_training_makes_no_videos(run_config: Composer):

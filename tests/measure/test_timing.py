@@ -35,3 +35,16 @@ def test_a_step_of_the_run_is_its_slowest_ranks():
     assert step_seconds({0: [1.0, 5.0, 1.0], 1: [2.0, 3.0]}) == [2.0, 5.0], "and counts once all have done it"
     assert step_seconds({0: [1.0]}) == [1.0]
     assert step_seconds({}) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_lead_of_the_host():
+    """Of a step that the host has launched long before the GPU is done, and of one that it ends with."""
+    watch = Stopwatch([torch.device("cuda", 0)])
+    with watch.step():
+        torch.cuda._sleep(200_000_000)
+    with watch.step():
+        torch.cuda._sleep(1000)
+        time.sleep(0.02)
+    assert 0.02 < watch.lead_s[0] <= watch.step_s[0] and watch.lead_s[1] < 0.005 < watch.step_s[1]

@@ -10,6 +10,7 @@ from wanexp.workloads.sizes import num_tokens
 
 Report = Mapping[str, Any]
 GIB = 1024**3
+HOST_BOUND_S = 0.0005  # of lead at the end of a step, less than which no queue of kernels is
 TRAIN_FLOPS_FACTOR = 3  # forward and twice as much backward; recomputation is no useful work
 
 
@@ -59,6 +60,8 @@ def run_metrics(
         summarise_samples(report["forward_s"]).median for report in reports.values()
     )
     metrics["throughput/tokens_per_second"] = plan.batch_size * tokens * forwards / step_s
+    if leads := _host_leads(config, plan, reports):
+        metrics["latency/host_lead_ms"] = 1000 * min(leads.values())
     metrics["latency/warmup_s"] = max(report["warmup_s"] for report in reports.values())
     metrics |= _memory_metrics(reports)
     metrics |= _load_metrics(reports)
@@ -90,6 +93,33 @@ def run_metrics(
         flops = config.model.architecture.forward_flops(tokens) * forwards * plan.batch_size * factor
         metrics["mfu"] = flops / (step_s * len(plan.devices) * peak_tflops * 1e12)
     return metrics
+
+
+def _host_leads(config: RunConfig, plan: Plan, reports: Mapping[int, Report]) -> dict[int, float]:
+    """Of each rank on GPUs the median of `Stopwatch.lead_s`.
+
+    None where a step itself waits for its GPUs: in training for the loss, between the devices of a rank for copies.
+    """
+    if config.workload.name == "train" or plan.layout.blocks > 1:
+        return {}
+    return {
+        rank: summarise_samples(report["lead_s"]).median
+        for rank, report in reports.items()
+        if report["lead_s"]
+    }
+
+
+def host_warning(config: RunConfig, plan: Plan, reports: Mapping[int, Report]) -> str | None:
+    """Says which ranks' GPUs had to wait for their hosts."""
+    leads = sorted(_host_leads(config, plan, reports).items())
+    slow = [str(rank) for rank, lead in leads if lead < HOST_BOUND_S]
+    if not slow:
+        return None
+    ranks = f"rank {slow[0]}" if len(slow) == 1 else f"ranks {', '.join(slow)}"
+    return (
+        f"host-bound: the GPU of {ranks} was done as soon as the last kernel of a step was launched, so it had waited "
+        "for the CPU, and others may have waited for it; free CPU cores, or fewer GPUs for this size, would help"
+    )
 
 
 def _memory_metrics(reports: Mapping[int, Report]) -> dict[str, float]:

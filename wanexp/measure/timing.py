@@ -13,16 +13,20 @@ class Stopwatch:
 
     A step begins when all ranks and devices are idle and ends when the devices of this rank are; the step of the whole
     run is the longest over the ranks. Forwards are timed without waiting: their events are read after the step.
+
+    lead_s: of each step, how long the devices went on after the host had launched all of it; near zero where they had
+    to wait for the host. None on the CPU.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self.devices = [device for device in devices if device.type == "cuda"]
         self.step_s: list[float] = []
         self.forward_s: list[float] = []
+        self.lead_s: list[float] = []
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event, int]] = []
 
     def restart(self) -> None:
-        self.step_s, self.forward_s, self._events = [], [], []
+        self.step_s, self.forward_s, self.lead_s, self._events = [], [], [], []
 
     def synchronize(self) -> None:
         """Wait for the devices of this rank, then for the other ranks."""
@@ -36,8 +40,12 @@ class Stopwatch:
         self.synchronize()
         begin = time.perf_counter()
         yield
+        launched = time.perf_counter()
         self._wait_for_devices()
-        self.step_s.append(time.perf_counter() - begin)
+        end = time.perf_counter()
+        self.step_s.append(end - begin)
+        if self.devices:
+            self.lead_s.append(end - launched)
         for first, second, count in self._events:
             self.forward_s += [first.elapsed_time(second) / 1000 / count] * count
         self._events = []
