@@ -119,9 +119,17 @@ def test_every_option_of_a_label_stands_by_itself() -> None:
         record_of("block_distribution", 2, attention="sdpa_flash", parallelism=spread),
     ]
     assert [c.label for c in cells_of(*records)] == [
-        "block_distribution, 2 GPUs, attention=sdpa_math, contiguous",
-        "block_distribution, 2 GPUs, attention=sdpa_flash, interleaved",
+        "block_distribution, 2 GPUs, contiguous, attention=sdpa_math",
+        "block_distribution, 2 GPUs, interleaved, attention=sdpa_flash",
     ]
+
+
+def test_a_label_is_silent_on_what_is_not_set() -> None:
+    records = [record_of("none", 1, workload={"name": "denoise", "batch_size": size}) for size in (None, 2)]
+    records[1].effective["batch_size"] = 2
+    cells = cells_of(*records)
+    assert [c.label for c in cells] == ["none, 1 GPU", "none, 1 GPU, batch_size=2"]
+    assert [c.kind for c in cells] == ["latency", "throughput"], "its steps are of two samples"
 
 
 def test_the_objective_makes_another_cell_only_where_the_planner_chose() -> None:

@@ -44,8 +44,9 @@ class Cell:
 
     @property
     def kind(self) -> str:
-        """`latency`, or `throughput` for anything with replicas: which cells it may share an axis with."""
-        return THROUGHPUT if self.degrees.get("dp", 1) > 1 else style_of(self.mode).kind
+        """`latency`, or `throughput` for several samples a step: which cells it may share an axis with."""
+        several = bool(self.runs) and describe.batch_size(self.record) > 1
+        return THROUGHPUT if several or self.degrees.get("dp", 1) > 1 else style_of(self.mode).kind
 
     @cached_property
     def degrees(self) -> dict[str, int]:

@@ -188,12 +188,15 @@ def _name_options(cells: Sequence[Cell]) -> None:
         for mode in {cell.mode for cell in alike}:
             own = [cell for cell in alike if cell.mode == mode]
             placed = {key for key in _varying([flats[id(cell)] for cell in own]) if _is_placement(key)}
-            keys = [key for key in sorted(common) if _is_option(key, common)] + sorted(placed)
+            keys = sorted(placed) + [key for key in sorted(common) if _is_option(key, common)]
             several = len({(cell.num_devices, *cell.degrees.items()) for cell in own if cell.degrees}) > len(
                 {cell.num_devices for cell in own if cell.degrees}
             )
             for cell in own:
-                cell.options = ", ".join(_option(key, flats[id(cell)].get(key)) for key in keys)
+                values = {key: flats[id(cell)].get(key) for key in keys}
+                cell.options = ", ".join(
+                    _option(key, value) for key, value in values.items() if value != "null"
+                )
                 if cell.degrees and (several or (mode not in ("none", "fsdp") and len(cell.degrees) > 1)):
                     cell.layout = " x ".join(f"{name}={degree}" for name, degree in cell.degrees.items())
     for attempt in (_asked_degrees, _objective, _device_names, _number):
@@ -207,7 +210,7 @@ def _option(key: str, value: str | None) -> str:
     """`attention=sdpa_math`, `interleaved`."""
     if key == "parallelism.block_placement":
         return str(value)
-    return f"{key.removesuffix('.name').removeprefix('parallelism.')}={value}"
+    return f"{key.removesuffix('.name').removeprefix('parallelism.').removeprefix('workload.')}={value}"
 
 
 def _asked_degrees(cell: Cell, _index: int) -> str:

@@ -35,7 +35,9 @@ WORDS = {  # kind -> title, y axis
     THROUGHPUT: ("Throughput over GPUs, throughput modes", "throughput, times the baseline's"),
 }
 PREDICTION_BAND = 0.10
-MAX_NAMED = 12  # series of the scaling figure; with more of them the legend names modes alone
+MAX_NAMED = (
+    12  # series of the scaling figure; with more the legend names modes alone, the best of each has the line
+)
 
 
 @styled
@@ -69,25 +71,31 @@ def scaling(cells: Sequence[Cell], kind: str, wanted: str | None = None) -> Draw
         for key in alike or [own_key]:
             series.setdefault(key, []).append(point)
     handles = []
+    is_crowded = len(series) > MAX_NAMED
+    places = list(dict.fromkeys(key[0] if is_crowded else key for key in series))
     dodge = 0.022 * (counts[-1] - counts[0])  # so that no mark of one count hides another
-    for place, ((mode, degrees, options), points) in enumerate(series.items()):
+    for (mode, degrees, options), points in series.items():
         style = style_of(mode)
         siblings = [key for key in series if key[0] == mode]
+        if is_crowded:
+            siblings.sort(key=lambda key: -max(gain for _, gain, _ in series[key]))
+        is_first = siblings[0] == (mode, degrees, options)
         several = len({key[1] for key in siblings}) > 1
         look: dict[str, Any] = {
             "color": style.colour,
             "marker": style.marker,
             "markersize": 6,
             "alpha": 0.9,
-            "markerfacecolor": style.colour if siblings[0] == (mode, degrees, options) else "white",
+            "markerfacecolor": style.colour if is_first else "white",
         }
         name = ", ".join(filter(None, (mode, " x ".join(degrees) if several else "", options)))
         handles.append(Line2D([], [], linestyle="", label=name, **look))
-        shift = dodge * (place - (len(series) - 1) / 2)
+        place = places.index(mode if is_crowded else (mode, degrees, options))
+        shift = dodge * (place - (len(places) - 1) / 2)
         fastest = {point[0]: point for point in sorted(points)}  # of several of one count
         line = sorted(({base.num_devices: (base.num_devices, 1.0, 1.0)} | fastest).values())
         for axes, field, scale in ((left, 1, 1), (right, 2, 100)):
-            for shown_points, dash in ((points, ""), (line, "-")):
+            for shown_points, dash in ((points, ""), (line if is_first or not is_crowded else [], "-")):
                 axes.plot(
                     [count + shift * (count != base.num_devices) for count, *_ in shown_points],
                     [scale * point[field] for point in shown_points],
@@ -223,7 +231,7 @@ def prediction(cells: Sequence[Cell]) -> Drawn | None:
             worst = max(worst, abs(predicted / measured - 1))
         axes.set(xlim=(0, top), ylim=(0, top), xlabel="predicted", ylabel="measured")
         axes.set_title(label, fontsize=8)
-    legend_of_modes(figure, [cell.mode for cell in all_cells], loc="lower left", ncols=9, columnspacing=0.8)
+    legend_of_modes(figure, [cell.mode for cell in all_cells], loc="lower left", ncols=5)
     return finish(figure, "prediction", f"Predicted against measured; the largest error is {worst:.1%}")
 
 
