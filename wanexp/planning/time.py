@@ -48,8 +48,10 @@ FRACTIONS = {
     "host": 0.85,  # 55.5 of 64 GB/s of PCIe 5, pinned
     "fp32_attention": 0.5,
 }
-BLOCK_KERNELS = 62  # launches in one block's forward, counted in transformer.py
-LAUNCH_US = 6.0  # a kernel launch of eager PyTorch: the floor of a small model
+# What the host takes for a block's forward, in launches of the simplest kernel: measured where nothing else counts
+# (docs/results/host_4gpus.md). For the other axes of any degree, for ring a round.
+HOST_LAUNCHES = {"block": 115, "ulysses": 200, "ring": 125, "tp": 160, "shard": 170, "blocks": 43}
+LAUNCH_US = 6.0  # a kernel launch of eager PyTorch
 LATENCY_US = 15.0  # of a copy between devices
 FSDP_COPY_FACTOR = (
     4  # FSDP2: a gathered block is written, and copied to its parameters: read and written; its shard is read
@@ -146,7 +148,7 @@ def block_seconds(
     *,
     copies: bool = False,
 ) -> float:
-    """One block's forward on one GPU of `layout`, exchanges included; never faster than its launches.
+    """One block's forward on one GPU of `layout`, exchanges included; never faster than its host.
 
     copies: copy engines carry the exchanges of ulysses and shard, which NCCL does else.
     """
@@ -155,7 +157,6 @@ def block_seconds(
     gemm_s = gemm / rates.gemm / kernels.linear_speed / shares
     attention_s = attention / rates.attention / kernels.attention_speed / shares
     compute_s = gemm_s + attention_s + _elementwise_seconds(s, rates, layout, kernels)
-    compute_s = max(compute_s, BLOCK_KERNELS * rates.launch_s)
     part = s.hidden / tokens  # of hidden states on a rank, in bytes
     carried, taken = (rates.link, 0.0) if copies else (rates.collective, rates.nccl_share)
     if layout.ulysses > 1:
@@ -188,7 +189,16 @@ def block_seconds(
         else:
             compute_s += FSDP_COPY_FACTOR * weights / rates.memory
         compute_s += waited_for(gather_s, compute_s, taken)
-    return compute_s
+    return max(compute_s, host_seconds(rates, layout))
+
+
+def host_seconds(rates: Rates, layout: Layout) -> float:
+    """Of one block on one rank: what its host needs to launch it, where a core is its own."""
+    launches = HOST_LAUNCHES["block"] + (layout.ring - 1) * HOST_LAUNCHES["ring"]
+    launches += sum(
+        HOST_LAUNCHES[axis] for axis in ("ulysses", "tp", "shard", "blocks") if getattr(layout, axis) > 1
+    )
+    return launches * rates.launch_s
 
 
 def _elementwise_seconds(s: Sizes, rates: Rates, layout: Layout, kernels: Kernels) -> float:
@@ -274,6 +284,8 @@ def _rank_step(config: RunConfig, plan: Plan, rank: RankPlan, rates: Sequence[Ra
         step_s = pipeline_time(stage_s, [stage.position for stage in stages], num_forwards, seam_s)
     else:
         step_s = num_forwards * (sum(stage_s) + seams_s)
+    # One host launches the blocks of all of a rank's devices.
+    step_s = max(step_s, num_forwards * len(plan.block_owner) * host_seconds(owned[0], plan.layout))
     for position, rate in enumerate(owned):  # swapped blocks are copied beside the computing
         away = sum(plan.block_owner[index] == position for index in plan.swapped)
         swapped_s = swapped_forward_s(
