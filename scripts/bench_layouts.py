@@ -73,6 +73,7 @@ from wanexp.runner import (
     leave_out_what_is_not_finite,
     plan_summary,
     take_results,
+    take_telemetry,
 )
 
 LAYOUTS = (
@@ -382,12 +383,9 @@ def finish_record(
     peak = profile.bf16_tflops if profile else None
     take_results(record, job.config, Prepared(job.plan, judged(job), peak, []), launched)
     if launched.reports:
-        windows = [report["window"] for report in launched.reports.values()]
-        metrics, warnings = telemetry.summarise(min(w[0] for w in windows), max(w[1] for w in windows))
-        record.metrics |= (
-            metrics | judged(job).predicted_metrics() | judged(job).error_metrics(record.metrics)
-        )
-        record.warnings += warnings
+        preflight = judged(job)
+        record.metrics |= preflight.predicted_metrics() | preflight.error_metrics(record.metrics)
+        take_telemetry(record, job.config, telemetry, launched)
         record.telemetry = telemetry.series(begin)
         compare(record, case, job, none_number)
     leave_out_what_is_not_finite(record)

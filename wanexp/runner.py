@@ -211,14 +211,7 @@ def execute(config: RunConfig, prepared: Prepared, record: Record, folder: Path,
         record.samples["phase_s"] = {phase: round(time - begin, 3) for phase, time in phases.items()}
         record.metrics |= prepared.preflight.predicted_metrics()
         record.metrics |= prepared.preflight.error_metrics(record.metrics)
-        if window := _window(launched.reports):
-            metrics, warnings = telemetry.summarise(*window)
-            record.metrics |= metrics
-            record.warnings += warnings
-            if "energy/joules" in metrics:
-                record.metrics["energy/joules_per_step"] = (
-                    metrics["energy/joules"] / config.workload.num_steps
-                )
+        take_telemetry(record, config, telemetry, launched)
         if launched.outcome == "finished" and "parity_blocks" in launched.reports[0]:
             compare_with_reference(record, job, launched.reports[0]["parity_blocks"], progress)
     leave_out_what_is_not_finite(record)
@@ -373,6 +366,18 @@ def effective_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "batch_size": plan.batch_size,
         "weights": "random" if config.checkpoint is None else config.checkpoint,
     }
+
+
+def take_telemetry(
+    record: Record, config: RunConfig, telemetry: TelemetrySampler, launched: "Launched"
+) -> None:
+    """What the GPUs did during the timed steps into the record's metrics, if a rank got as far as these."""
+    if window := _window(launched.reports):
+        metrics, warnings = telemetry.summarise(*window)
+        record.metrics |= metrics
+        record.warnings += warnings
+        if "energy/joules" in metrics:
+            record.metrics["energy/joules_per_step"] = metrics["energy/joules"] / config.workload.num_steps
 
 
 def _window(reports: Mapping[int, Mapping[str, Any]]) -> tuple[float, float] | None:
