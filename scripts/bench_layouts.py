@@ -385,6 +385,7 @@ def finish_record(
     if launched.reports:
         preflight = judged(job)
         record.metrics |= preflight.predicted_metrics() | preflight.error_metrics(record.metrics)
+        telemetry = telemetry.of(job.plan.devices)  # mode none runs on all GPUs at a time, a record each
         take_telemetry(record, job.config, telemetry, launched)
         record.telemetry = telemetry.series(begin)
         compare(record, case, job, none_number)

@@ -4,6 +4,7 @@ It runs beside the workers, never in them, creates no CUDA context, and sleeps b
 disturb what is timed. What a GPU or driver cannot tell is left out; no error of NVML ends a run.
 """
 
+import copy
 import os
 import threading
 import time
@@ -132,6 +133,16 @@ class TelemetrySampler:
             self._thread = None
             self._nvml.nvmlShutdown()
 
+    def of(self, devices: Sequence[Device]) -> "TelemetrySampler":
+        """What was sampled of some of its devices, where runs beside each other share a sampler."""
+        part, labels = copy.copy(self), {device.label for device in devices}
+        part._devices = [device for device in self._devices if device.label in labels]
+        part._series = {
+            name: samples for name, samples in self._series.items() if name.partition("/")[0] in labels
+        }
+        part._foreign = {key: process for key, process in self._foreign.items() if key[0] in labels}
+        return part
+
     def series(self, start: float) -> dict[str, list[list[float]]]:
         """Everything sampled, for Record.telemetry: "gpu0/power_w" -> [[seconds since `start`, value], ...].
 
@@ -194,11 +205,11 @@ class TelemetrySampler:
 
     def _snapshot(self) -> dict[str, Series]:
         """A copy that the thread does not touch; the energy counter counts from its first sample."""
-        copy = {name: list(samples) for name, samples in list(self._series.items())}
-        for name, samples in copy.items():
+        snapshot = {name: list(samples) for name, samples in list(self._series.items())}
+        for name, samples in snapshot.items():
             if name.endswith("/energy_j"):
-                copy[name] = [(t, value - samples[0][1]) for t, value in samples]
-        return copy
+                snapshot[name] = [(t, value - samples[0][1]) for t, value in samples]
+        return snapshot
 
     def _run(self) -> None:
         next_look = time.monotonic() + FOREIGN_INTERVAL_S
