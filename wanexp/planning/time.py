@@ -56,6 +56,9 @@ LATENCY_US = 15.0  # of a copy between devices
 FSDP_COPY_FACTOR = (
     4  # FSDP2: a gathered block is written, and copied to its parameters: read and written; its shard is read
 )
+# Fitted to docs/results/layouts_4gpus.json: a round of a ring, both ways at once, against NCCL's rate; and all kernels
+# while copies keep NVLink busy, at a lower clock (docs/performance.md).
+RING_FACTOR, BUSY_LINKS_FACTOR = 1.9, 1.02
 ENOUGH_MICROBATCHES = 16  # more do not change how many chunks are the fastest, only how long the answer takes
 NCCL_SHARE = (
     32 / 132
@@ -175,9 +178,11 @@ def block_seconds(
         compute_s += waited_for(2 * one_s, 2 * query_s, taken) + 2 * max(0.0, one_s - half_s)
     if layout.ring > 1:
         passed_on = 2 * part / layout.tp / rates.collective + rates.latency_s
-        # Over NVLink not hidden by the attention beside it (measured): a kernel that keeps every multiprocessor to its
-        # end waits for those that NCCL has.
-        beside_s = 0.0 if rates.nccl_share else attention_s / layout.ring
+        beside_s = attention_s / layout.ring
+        if rates.nccl_share:
+            # Over NVLink not hidden by the attention beside it (measured): a kernel that keeps every multiprocessor to
+            # its end waits for those that NCCL has.
+            passed_on, beside_s = RING_FACTOR * passed_on, 0.0
         compute_s += (layout.ring - 1) * waited_for(passed_on, beside_s, rates.nccl_share)
     if layout.tp > 1:
         compute_s += 3 * part * ring_factor(layout.tp) / rates.collective + 6 * rates.latency_s
@@ -186,6 +191,7 @@ def block_seconds(
         gather_s = weights * (layout.shard - 1) / layout.shard / carried + rates.latency_s
         if copies:  # straight to where it is used; the own shard is read and written
             gather_s += 2 * weights / layout.shard / rates.memory
+            compute_s *= BUSY_LINKS_FACTOR if rates.nccl_share else 1.0
         else:
             compute_s += FSDP_COPY_FACTOR * weights / rates.memory
         compute_s += waited_for(gather_s, compute_s, taken)
