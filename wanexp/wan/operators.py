@@ -14,8 +14,8 @@ def operator(
 ) -> Callable[[Launch], Launch]:
     """Have torch.compile keep a function whole: to it the operator `name`; else it is called as it is.
 
-    For inference: as it is, autograd knows nothing of it. An operator written in Python costs the host several times
-    what the launch in it does. mutates: arguments that it writes to. fake: gives empty results for the same arguments.
+    For inference: as it is, autograd knows nothing of it. As an operator a call costs the host some 14 us more.
+    mutates: arguments that it writes to. fake: gives empty results for the same arguments.
     """
 
     def make(launch: Launch) -> Launch:
