@@ -39,7 +39,10 @@ from wanexp.parallel.shares import head_shares, rows_apart_pay
 from wanexp.parallel.traffic import Traffic
 from wanexp.wan.attention import AttentionFunction
 
-VALUES, OUTPUT = 0, 3  # of the PLACES in a rank's memory, which are those of v, k, q and o
+VALUES, OUTPUT = (
+    0,
+    3,
+)  # of the PLACES in a rank's memory, which are those of v, k, q and o; and channels, but VALUES
 READ = PLACES  # the channel after those of the places: a rank has read its v, k and q
 TILE_ROWS = 128  # of q that attention kernels take at a time
 
@@ -236,7 +239,7 @@ class Copies:
             memory.until_read = nothing
         begin, element = self._begin(like, sizes, place), like.element_size()
         parts = {rank: (begin + sizes.starts[rank] * element, parcel.chunks[rank]) for rank in memory.others}
-        arrive = memory.exchange(parts, channel=place)
+        arrive = memory.exchange(parts, channel=None if place == VALUES else place)  # v is there with k
         received = memory.place(memory.rank, begin, sum(sizes.received), like.dtype)
         return Sent(received, sizes, parcel, arrive)
 
