@@ -385,9 +385,9 @@ def finish_record(
     if launched.reports:
         preflight = judged(job)
         record.metrics |= preflight.predicted_metrics() | preflight.error_metrics(record.metrics)
-        telemetry = telemetry.of(job.plan.devices)  # mode none runs on all GPUs at a time, a record each
-        take_telemetry(record, job.config, telemetry, launched)
-        record.telemetry = telemetry.series(begin)
+        own = telemetry.of(job.plan.devices)  # mode none runs on all GPUs at a time, a record each
+        take_telemetry(record, job.config, own, launched)
+        record.telemetry = own.series(begin)
         compare(record, case, job, none_number)
     leave_out_what_is_not_finite(record)
     record.write(job.run_folder)

@@ -131,8 +131,7 @@ def layouts_markdown(results: list[Path], out: Path) -> str:
         f"{', '.join(f'[{path}]({path})' for path in places)}. Predicted by the planner as it is, from "
         "the overrides and the profile: `scripts/check_planner.py layouts` makes this table. Peaks: GiB of each GPU.",
         "",
-        "Rows without a mode are of mode none, rows without a video of 480p; the number at the end of some is that of "
-        "the samples.",
+        "Rows without a mode are of mode none, rows without a video of 480p.",
         "",
         f"Worst errors: peak {worst(peak_errors)}; time {worst(step_errors[False])} over the runs that had a warm-up "
         f"step, of the others {worst(step_errors[True])}: memory still grew in the time of some. Too low: "
@@ -153,6 +152,12 @@ def worst(errors: list[float]) -> str:
 
 def too_low(errors: list[float]) -> str:
     return f"{sum(error < 0 for error in errors)} of {len(errors)}"
+
+
+def in_words(override: str) -> str:
+    """`context_parallel`, `ring=4`."""
+    key, _, value = override.partition("=")
+    return value if "." not in key else f"{key.rpartition('.')[2]}={value}"
 
 
 def layout_row(source: str, overrides: list[str], metrics: dict[str, float]) -> tuple[str, float, float]:
@@ -176,7 +181,7 @@ def layout_row(source: str, overrides: list[str], metrics: dict[str, float]) -> 
     hidden = ("workload.num_warmup_steps=", "workload.num_steps=", "transport=", "verify=")
     cells = [
         source,
-        ", ".join(override.partition("=")[2] for override in asked if not override.startswith(hidden)),
+        ", ".join(in_words(override) for override in asked if not override.startswith(hidden)),
         " / ".join(f"{peak:.2f}" for peak in peaks),
         " / ".join(f"{peak:.2f}" for peak in found),
         f"{peak_error:+.1f} %",

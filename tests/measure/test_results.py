@@ -67,11 +67,13 @@ def test_a_gpu_that_waits_for_its_host(config, plan, run_config: Composer):
     }
     metrics = run_metrics(config, plan, reports, peak_tflops=None)
     assert metrics["latency/host_lead_ms"] == pytest.approx(0.3)
-    assert "host-bound: the GPU of rank 1 was done" in host_warning(config, plan, reports)
+    assert "host-bound: the GPU of rank 1 was done once" in host_warning(config, plan, reports)
     reports[1]["lead_s"] = [0.002, 0.003]
     assert host_warning(config, plan, reports) is None
     reports[1]["lead_s"] = reports[0]["lead_s"] = [0.0]
     assert "the GPU of ranks 0, 1 was" in host_warning(config, plan, reports)
+    alone = host_warning(config, plan, {0: reports[0]})
+    assert alone.startswith("host-bound: the GPU was done") and "fewer GPUs" not in alone
     assert host_warning(run_config("workload=train"), plan, reports) is None
     assert "latency/host_lead_ms" not in run_metrics(
         config, plan, {rank: report([1.0], "a") for rank in range(2)}, peak_tflops=None

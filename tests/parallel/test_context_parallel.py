@@ -17,6 +17,7 @@ from tests.parallel.ranks import on_ranks
 from tests.parallel.shared_memory import SharedMemory
 from wanexp.errors import LayoutError, UserError
 from wanexp.parallel import ring as ring_attention
+from wanexp.parallel import shares
 from wanexp.parallel.context_parallel import context_parallel
 from wanexp.parallel.ring import merge
 from wanexp.parallel.shares import check_context_parallel, head_shares, rows_apart_pay, token_shares
@@ -47,6 +48,7 @@ class Case:
     kernel: str = "auto"
     compiled: bool = False
     wrong_merge: bool = False
+    apart: bool = True  # by copies: rows of the attention whether it pays or not
 
     @property
     def architecture(self) -> WanArchitecture:
@@ -91,6 +93,7 @@ CASES = {
     4: {
         "ulysses 2": Case(ulysses=2),
         "ulysses 4": Case(ulysses=4),
+        "ulysses 4, rows together": Case(ulysses=4, heads=5, batch=3, apart=False),
         "ring 2": Case(ring=2),
         "ring 4": Case(ring=4),
         "2 x 2": Case(ulysses=2, ring=2),
@@ -193,7 +196,6 @@ def mean_of_parts(out, lse, block_out, _block_lse):
 
 
 @mock.patch("wanexp.parallel.ulysses.TILE_ROWS", 2)  # so that few rows are attended in two runs, too
-@mock.patch("wanexp.parallel.shares.MIN_HEADS_SENT", 0)
 def run_cases(rank: int, world_size: int, folder: str | None = None) -> dict[str, dict]:
     """folder: of memory that all ranks write to, to have copies carry the exchanges of Ulysses."""
     made: dict = {}
@@ -214,6 +216,7 @@ def run_cases(rank: int, world_size: int, folder: str | None = None) -> dict[str
             for block in model.blocks:
                 block.compile(backend="eager")
         ring_attention.merge = mean_of_parts if case.wrong_merge else merge
+        shares.MIN_HEADS_SENT = 0 if case.apart else float("inf")
         found = []
         # inference_mode and no_grad in turn: tensors kept from one step serve the next.
         for step, mode in zip(steps, (torch.inference_mode, torch.no_grad), strict=True):

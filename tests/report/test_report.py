@@ -124,6 +124,30 @@ def test_figures_are_the_same_twice() -> None:
     assert first is not None and first == second
 
 
+@pytest.mark.parametrize("number", [figures_speed.MAX_NAMED, figures_speed.MAX_NAMED + 1])
+def test_of_many_series_the_legend_names_modes_alone(number: int) -> None:
+    records = [record_of("none", 1)] + [
+        record_of("tensor_parallel", 2, attention=f"kernel_{index}", slowdown=1 + index / 100)
+        for index in range(number)
+    ]
+    drawn = figures_speed.scaling(cells_of(records), "latency")
+    assert drawn is not None
+    is_crowded = number > figures_speed.MAX_NAMED
+    assert texts_of(drawn).count("attention=kernel_") == (0 if is_crowded else number)
+    lines = drawn.svg.decode().count("stroke-opacity: 0.5")
+    assert lines == 2 * (1 if is_crowded else number), "the best of each mode, on both axes"
+
+
+def test_a_base_of_several_samples_is_drawn_once_and_not_as_one_sample() -> None:
+    records = [record_of("none", 1, workload={"name": "denoise", "batch_size": size}) for size in (None, 2)]
+    records[1].effective["batch_size"] = 2
+    cells = cells_of([*records, record_of("data_parallel", 2), record_of("tensor_parallel", 2)])
+    assert "batch_size=2" not in texts_of(figures_speed.times(cells, "latency"))
+    assert texts_of(figures_speed.times(cells, "throughput")).count("none, 1 GPU, batch_size=2") == 1
+    throughput = figures_memory.tradeoff(cells, "throughput")
+    assert throughput is not None and texts_of(throughput).count("batch_size=2") <= 1
+
+
 def test_latency_and_throughput_modes_share_no_axis() -> None:
     cells = cells_of(scaling_sweep(1))
     for name in ("scaling", "times", "tradeoff"):

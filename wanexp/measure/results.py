@@ -10,7 +10,9 @@ from wanexp.workloads.sizes import num_tokens
 
 Report = Mapping[str, Any]
 GIB = 1024**3
-HOST_BOUND_S = 0.0005  # of lead at the end of a step, less than which no queue of kernels is
+HOST_BOUND_S = (
+    0.0005  # a lead at the end of a step below which its kernels cannot have been waiting in a queue
+)
 TRAIN_FLOPS_FACTOR = 3  # forward and twice as much backward; recomputation is no useful work
 
 
@@ -115,11 +117,11 @@ def host_warning(config: RunConfig, plan: Plan, reports: Mapping[int, Report]) -
     slow = [str(rank) for rank, lead in leads if lead < HOST_BOUND_S]
     if not slow:
         return None
+    first = "host-bound: the GPU {}was done once the last kernel of a step was launched, so it had waited for the CPU"
+    if len(leads) == 1:
+        return first.format("")
     ranks = f"rank {slow[0]}" if len(slow) == 1 else f"ranks {', '.join(slow)}"
-    return (
-        f"host-bound: the GPU of {ranks} was done as soon as the last kernel of a step was launched, so it had waited "
-        "for the CPU, and others may have waited for it; free CPU cores, or fewer GPUs for this size, would help"
-    )
+    return f"{first.format(f'of {ranks} ')}, and others for it; free CPU cores, or fewer GPUs for this size, would help"
 
 
 def _memory_metrics(reports: Mapping[int, Report]) -> dict[str, float]:

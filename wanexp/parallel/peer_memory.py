@@ -1,7 +1,7 @@
 """Memory of each rank of a group that the others write to and read from by the copy engines of their GPUs.
 
     rank a: a tensor --copy engine--> its place in b's memory, then a flag for b
-    rank b: waits for the flag on its own stream, and has the tensor
+    rank b: waits for the flag on its own stream, and has the tensor, and all that a sent before
 
 No multiprocessor moves the bytes, so that what is computed meanwhile keeps all of them. The memory is PyTorch's
 symmetric memory: peer access over NVLink or PCIe between the processes of one machine.
@@ -64,9 +64,8 @@ class PeerMemory:
         self._of_ranks: list[Tensor] = []
         self._flags: dict[tuple[int, int], Tensor] = {}  # by rank and channel, those that this rank raises
         self._raised = torch.ones(1, dtype=torch.int32, device=device)
-        self._views: dict[
-            tuple[int, int, int, torch.dtype], Tensor
-        ] = {}  # of places, which blocks ask for anew
+        # Of places: every block asks for the same.
+        self._views: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
         _opened.append(self)
 
     @torch.inference_mode(False)  # memory made within it could not be written to without

@@ -12,6 +12,7 @@ they are.
 What carries an all-to-all is the process group or, between GPUs that reach each other's memory, copy engines. With
 these each of v, k, q and o has a place in the memory of every rank, and is written there without asking: who has got
 the q of all ranks knows that all have read their o, and who has got the o of all that all have read their v, k and q.
+Copies leave in their order: who has got k has got v, which raises no flag.
 
 Copy engines leave the multiprocessors free, and the attention of a row of q needs no other row. So rows are attended
 apart, and nobody waits for q and o either:
@@ -39,10 +40,8 @@ from wanexp.parallel.shares import head_shares, rows_apart_pay
 from wanexp.parallel.traffic import Traffic
 from wanexp.wan.attention import AttentionFunction
 
-VALUES, OUTPUT = (
-    0,
-    3,
-)  # of the PLACES in a rank's memory, which are those of v, k, q and o; and channels, but VALUES
+# Of the PLACES in a rank's memory, which are those of v, k, q and o.
+VALUES, OUTPUT = 0, 3
 READ = PLACES  # the channel after those of the places: a rank has read its v, k and q
 TILE_ROWS = 128  # of q that attention kernels take at a time
 
@@ -55,9 +54,9 @@ class Sizes:
     the all-to-alls of an attention, the same number on all ranks.
     """
 
-    packed: list[int]
-    received: list[int]
-    starts: list[int]
+    packed: tuple[int, ...]
+    received: tuple[int, ...]
+    starts: tuple[int, ...]
     largest: int
 
 
@@ -77,9 +76,9 @@ def sizes_of(
         for other in range(size)
     ]
     return Sizes(
-        packed=[row * own * share for share in theirs],
-        received=[row * share * given for share in mine],
-        starts=[row * first * share for first, share in zip(before, theirs, strict=True)],
+        packed=tuple(row * own * share for share in theirs),
+        received=tuple(row * share * given for share in mine),
+        starts=tuple(row * first * share for first, share in zip(before, theirs, strict=True)),
         largest=row * max(sum(mine) * max(theirs), max(mine) * sum(theirs)),
     )
 
@@ -152,8 +151,9 @@ class Exchange:
     ) -> Tensor:
         """Self-attention of all tokens; `q` and the result are [batch, own tokens, heads, head_dim].
 
-        `attend` gets [batch, all tokens, own heads, head_dim]. rows: tokens that the result is to have, zeros behind
-        the own ones; None for these alone. apart: some rows of q at a time, where copy engines carry and it pays.
+        `attend` gets [batch, all tokens, own heads, head_dim]. k is waited for before v, which is there when k is.
+        rows: tokens that the result is to have, zeros behind the own ones; None for these alone. apart: some rows of q
+        at a time, where copy engines carry and it pays.
         """
         batch, own_tokens, num_heads, head_dim = q.shape
         tokens = tuple(self.tokens())

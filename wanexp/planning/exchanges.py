@@ -4,7 +4,7 @@
 """
 
 from wanexp.parallel.layout import Layout
-from wanexp.parallel.shares import heads_of_ranks
+from wanexp.parallel.shares import head_shares, heads_of_ranks, rows_apart_pay
 from wanexp.planning import activations
 from wanexp.planning.activations import Sizes
 from wanexp.planning.heap import Heap
@@ -51,7 +51,7 @@ def attended(heap: Heap, s: Sizes, layout: Layout, normed: int = 0, *, copies: b
     heap.free(*packed)
     out = _around_ring(heap, s, met, layout) if layout.ring > 1 else attend(heap, s, met)
     if layout.ulysses > 1:
-        if copies and layout.ring == 1 and not s.float8_attention:  # rows of the others have left
+        if copies and _rows_go_apart(s, layout):  # those of the others have left
             heap.free(out)
             out = heap.new(met // layout.ulysses)
         returned, joined = heap.new(0 if copies else own), heap.new(own)
@@ -59,6 +59,12 @@ def attended(heap: Heap, s: Sizes, layout: Layout, normed: int = 0, *, copies: b
         out = joined
     heap.free(*kept)
     return out
+
+
+def _rows_go_apart(s: Sizes, layout: Layout) -> bool:
+    heads = head_shares(min(heads_of_ranks(s.arch, layout.tp)), layout.ulysses)
+    pays = rows_apart_pay(s.batch, [s.tokens] * layout.ulysses, heads)
+    return pays and layout.ring == 1 and not s.float8_attention
 
 
 def attend(heap: Heap, s: Sizes, met: int) -> int:

@@ -19,7 +19,7 @@ from wanexp.offload.sizes import block_bytes
 from wanexp.offload.swap_plan import swapped_forward_s
 from wanexp.parallel.layout import Layout
 from wanexp.parallel.pipeline import best_chunks, pipeline_time, stages_of
-from wanexp.parallel.shares import head_shares, rows_apart_pay, token_shares
+from wanexp.parallel.shares import head_shares, heads_of_ranks, rows_apart_pay, token_shares
 from wanexp.parallel.traffic import ring_factor
 from wanexp.planning.activations import Sizes
 from wanexp.planning.block_work import (
@@ -48,8 +48,9 @@ FRACTIONS = {
     "host": 0.85,  # 55.5 of 64 GB/s of PCIe 5, pinned
     "fp32_attention": 0.5,
 }
-# What the host takes for a block's forward, in launches of the simplest kernel: measured where nothing else counts
-# (docs/results/host_4gpus.md). For the other axes of any degree, for ring a round.
+# What the host takes for a block's forward, in launches of the simplest kernel: with fused kernels, measured where
+# nothing else counts (docs/results/host_4gpus.md). For the other axes of any degree, for ring a round. Ulysses is that
+# by copies; by NCCL between two GPUs it took a third longer than this says.
 HOST_LAUNCHES = {"block": 115, "ulysses": 200, "ring": 125, "tp": 160, "shard": 170, "blocks": 43}
 LAUNCH_US = 6.0  # a kernel launch of eager PyTorch
 LATENCY_US = 15.0  # of a copy between devices
@@ -171,7 +172,7 @@ def block_seconds(
         pays = rows_apart_pay(
             s.batch,
             token_shares(s.tokens, ulysses=layout.ulysses, ring=layout.ring)[-1],
-            head_shares(s.arch.num_heads // layout.tp, layout.ulysses),
+            head_shares(min(heads_of_ranks(s.arch, layout.tp)), layout.ulysses),
         )
         apart = copies and pays and layout.ring == 1 and not kernels.has_float8_attention
         half_s = attention_s / layout.ulysses / 2 if apart else 0.0

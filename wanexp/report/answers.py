@@ -42,8 +42,8 @@ def baseline_of(cell: Cell, cells: Sequence[Cell], wanted: str | None = None) ->
     """What `cell` is compared with, among `cells` of its setting that finished; None where nothing will do.
 
     Mode none with the same options, else mode none, else the cell with the fewest devices, and fewer than its own
-    (where one device is too small for the model). wanted: a label or mode instead of these. A step of replicas makes
-    several samples: no latency mode is compared with it.
+    (where one device is too small for the model). wanted: a label or mode instead of these. No step of one
+    sample is compared with a step of several.
     """
     finished = [other for other in cells if other.is_finished and other.steps_ms]
     if cell.kind == LATENCY:

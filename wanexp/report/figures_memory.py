@@ -124,7 +124,7 @@ def tradeoff(cells: Sequence[Cell], kind: str) -> Drawn | None:
     """Time against the peak of the fullest device, the Pareto front marked; what did not fit on the right edge."""
     own = [cell for cell in cells if cell.kind == kind and cell.runs]
     if kind == THROUGHPUT:
-        own = [cell for cell in cells if cell.mode == "none" and cell.runs] + own
+        own = [cell for cell in cells if cell.mode == "none" and cell.runs and cell not in own] + own
     placed = [cell for cell in own if cell.peak_gib is not None and cell.steps_ms]
     if len(placed) < 2:
         return None

@@ -35,9 +35,8 @@ WORDS = {  # kind -> title, y axis
     THROUGHPUT: ("Throughput over GPUs, throughput modes", "throughput, times the baseline's"),
 }
 PREDICTION_BAND = 0.10
-MAX_NAMED = (
-    12  # series of the scaling figure; with more the legend names modes alone, the best of each has the line
-)
+# Series of the scaling figure; with more the legend names modes alone, and the best of each has the line.
+MAX_NAMED = 12
 
 
 @styled
@@ -120,7 +119,7 @@ def scaling(cells: Sequence[Cell], kind: str, wanted: str | None = None) -> Draw
     if lost:
         extra.append(Line2D([], [], linestyle="", marker="x", color=GREY, label="out of memory"))
     modes = [base.mode, *(mode for mode, *_ in series), *(cell.mode for cell in lost)]
-    if len(handles) <= MAX_NAMED:
+    if not is_crowded:
         named = {mode for mode, *_ in series}
         modes, extra = [mode for mode in modes if mode not in named], [*handles, *extra]
     legend_of_modes(figure, modes, *extra, loc="lower left", ncols=4)
@@ -136,9 +135,8 @@ def times(cells: Sequence[Cell], kind: str) -> Drawn | None:
     """A row a cell: every step as a point, the median as a line, its interval as a bar."""
     if not any(cell.kind == kind and cell.interval for cell in cells):
         return None
-    chosen = [
-        cell for cell in cells if cell.kind == kind or cell.mode == "none"
-    ]  # a base for throughput, too
+    # Mode none is a base for throughput, too.
+    chosen = [cell for cell in cells if cell.kind == kind or (kind == THROUGHPUT and cell.mode == "none")]
     intervals = {
         id(cell): median_interval(times)
         for cell in chosen

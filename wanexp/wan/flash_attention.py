@@ -173,7 +173,7 @@ def _call(kernel: str, q: Tensor, k: Tensor, v: Tensor, **options: Tensor) -> tu
     if not isinstance(result, tuple) or len(result) < 2 or result[1] is None:
         raise RuntimeError(f"the package of {kernel} gave no log-sum-exp: wanexp does not know this version")
     out, lse = result[:2]  # more may follow
-    # As _shapes_of promises. The known versions give them so, and nothing is copied.
+    # As _empty_results promises. The known versions give them so, and nothing is copied.
     return out.contiguous(), lse.contiguous()
 
 

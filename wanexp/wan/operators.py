@@ -1,4 +1,4 @@
-"""Functions that launch kernels, as operators of torch.library where a compiler looks."""
+"""Functions that launch kernels, as operators of torch.library where a compiler or autograd looks."""
 
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -14,8 +14,9 @@ def operator(
 ) -> Callable[[Launch], Launch]:
     """Have torch.compile keep a function whole: to it the operator `name`; else it is called as it is.
 
-    For inference: as it is, autograd knows nothing of it. As an operator a call costs the host some 14 us more.
-    mutates: arguments that it writes to. fake: gives empty results for the same arguments.
+    As it is, autograd knows nothing of it: where gradients are switched on it is the operator, too, which refuses them.
+    As an operator a call costs the host some 14 us more. mutates: arguments that it writes to. fake: gives empty
+    results for the same arguments.
     """
 
     def make(launch: Launch) -> Launch:
@@ -25,7 +26,8 @@ def operator(
 
         @wraps(launch)
         def call(*arguments: Any) -> Any:
-            return (compiled if torch.compiler.is_compiling() else launch)(*arguments)
+            is_seen = torch.compiler.is_compiling() or torch.is_grad_enabled()
+            return (compiled if is_seen else launch)(*arguments)
 
         return call  # type: ignore[return-value]
 
