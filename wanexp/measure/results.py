@@ -10,9 +10,8 @@ from wanexp.workloads.sizes import num_tokens
 
 Report = Mapping[str, Any]
 GIB = 1024**3
-HOST_BOUND_S = (
-    0.0005  # a lead at the end of a step below which its kernels cannot have been waiting in a queue
-)
+# A lead at the end of a step below which its kernels cannot have been waiting in a queue.
+HOST_BOUND_S = 0.0005
 TRAIN_FLOPS_FACTOR = 3  # forward and twice as much backward; recomputation is no useful work
 
 
@@ -117,11 +116,13 @@ def host_warning(config: RunConfig, plan: Plan, reports: Mapping[int, Report]) -
     slow = [str(rank) for rank, lead in leads if lead < HOST_BOUND_S]
     if not slow:
         return None
-    first = "host-bound: the GPU {}was done once the last kernel of a step was launched, so it had waited for the CPU"
-    if len(leads) == 1:
-        return first.format("")
-    ranks = f"rank {slow[0]}" if len(slow) == 1 else f"ranks {', '.join(slow)}"
-    return f"{first.format(f'of {ranks} ')}, and others for it; free CPU cores, or fewer GPUs for this size, would help"
+    alone = len(leads) == 1
+    ranks = "" if alone else f" of rank{'s' if len(slow) > 1 else ''} {', '.join(slow)}"
+    advice = "" if alone else ", and others for it; free CPU cores, or fewer GPUs for this size, would help"
+    return (
+        f"host-bound: the GPU{ranks} was done once the last kernel of a step was launched, so it had waited for the "
+        f"CPU{advice}"
+    )
 
 
 def _memory_metrics(reports: Mapping[int, Report]) -> dict[str, float]:
