@@ -55,20 +55,16 @@ class SharedMemory:
     def beside(self, _before: None) -> nullcontext[None]:
         return nullcontext()
 
-    def exchange(self, parts: Mapping[int, tuple[int, Tensor]], channel: int | None) -> Callable[[], None]:
+    def exchange(self, parts: Mapping[int, tuple[int, Tensor]], channel: int) -> Callable[[], None]:
         self.num_begun += 1
         assert sorted(parts) in ([], sorted(self.others))
         for rank in self.others:
             if rank in parts:
                 start, part = parts[rank]
                 self.place(rank, start, len(part), part.dtype).copy_(part)
-            if channel is None:
-                continue
             flag = self._flags[rank][self.size * channel + self.rank :]
             assert flag[0] == 0, f"rank {rank} has not seen what rank {self.rank} sent last"
             flag[0] = 1
-        if channel is None:
-            return nothing
 
         def wait() -> None:
             end = time.monotonic() + PATIENCE_S

@@ -1,7 +1,7 @@
 """Memory of each rank of a group that the others write to and read from by the copy engines of their GPUs.
 
     rank a: a tensor --copy engine--> its place in b's memory, then a flag for b
-    rank b: waits for the flag on its own stream, and has the tensor, and all that a sent before
+    rank b: waits for the flag on its own stream, and has the tensor
 
 No multiprocessor moves the bytes, so that what is computed meanwhile keeps all of them. The memory is PyTorch's
 symmetric memory: peer access over NVLink or PCIe between the processes of one machine.
@@ -121,13 +121,12 @@ class PeerMemory:
         with torch.cuda.stream(self._beside):
             yield
 
-    def exchange(self, parts: Mapping[int, tuple[int, Tensor]], channel: int | None) -> Callable[[], None]:
+    def exchange(self, parts: Mapping[int, tuple[int, Tensor]], channel: int) -> Callable[[], None]:
         """Begin to copy to each other rank its part, if it has one: (the byte where it belongs, a flat tensor).
 
         Returns `wait`. The stream that is current when it is called waits until the parts of all others have arrived
         here; that stream, and the one that is current now, until those of this rank have left, which must live as
-        long. One exchange a channel at a time. Exchanges leave in their order: one without a channel raises no flag,
-        and has come and gone with the next.
+        long. One exchange a channel at a time.
         """
         self.num_begun += 1
         computing = torch.cuda.current_stream(self.device)
@@ -137,11 +136,8 @@ class PeerMemory:
                 if rank in parts:
                     start, part = parts[rank]
                     self.place(rank, start, len(part), part.dtype).copy_(part)
-                if channel is not None:
-                    self._flags[rank, channel].copy_(self._raised)  # by a copy engine too, after the part
+                self._flags[rank, channel].copy_(self._raised)  # by a copy engine too, after the part
             copied = self._copying.record_event()
-        if channel is None:
-            return nothing
 
         def wait() -> None:
             for rank in self.others:

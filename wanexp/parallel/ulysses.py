@@ -12,7 +12,6 @@ they are.
 What carries an all-to-all is the process group or, between GPUs that reach each other's memory, copy engines. With
 these each of v, k, q and o has a place in the memory of every rank, and is written there without asking: who has got
 the q of all ranks knows that all have read their o, and who has got the o of all that all have read their v, k and q.
-Copies leave in their order: who has got k has got v, which raises no flag.
 
 Copy engines leave the multiprocessors free, and the attention of a row of q needs no other row. So rows are attended
 apart, and nobody waits for q and o either:
@@ -151,9 +150,8 @@ class Exchange:
     ) -> Tensor:
         """Self-attention of all tokens; `q` and the result are [batch, own tokens, heads, head_dim].
 
-        `attend` gets [batch, all tokens, own heads, head_dim]. k is waited for before v, which is there when k is.
-        rows: tokens that the result is to have, zeros behind the own ones; None for these alone. apart: some rows of q
-        at a time, where copy engines carry and it pays.
+        `attend` gets [batch, all tokens, own heads, head_dim]. rows: tokens that the result is to have, zeros behind
+        the own ones; None for these alone. apart: some rows of q at a time, where copy engines carry and it pays.
         """
         batch, own_tokens, num_heads, head_dim = q.shape
         tokens = tuple(self.tokens())
@@ -239,7 +237,7 @@ class Copies:
             memory.until_read = nothing
         begin, element = self._begin(like, sizes, place), like.element_size()
         parts = {rank: (begin + sizes.starts[rank] * element, parcel.chunks[rank]) for rank in memory.others}
-        arrive = memory.exchange(parts, channel=None if place == VALUES else place)  # v is there with k
+        arrive = memory.exchange(parts, channel=place)
         received = memory.place(memory.rank, begin, sum(sizes.received), like.dtype)
         return Sent(received, sizes, parcel, arrive)
 
