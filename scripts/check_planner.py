@@ -129,7 +129,9 @@ def layouts_markdown(results: list[Path], out: Path) -> str:
                 peak_errors.append(peak_error)
                 step_errors.append(step_error)
                 if abs(step_error) > GOAL_PERCENT:
-                    far_off.append(f"{cells[0]} on {run['metrics']['setup/num_gpus']:.0f} ({step_error:+.1f} %)")
+                    far_off.append(
+                        f"{cells[0]} on {run['metrics']['setup/num_gpus']:.0f} ({step_error:+.1f} %)"
+                    )
     places = [path.relative_to(out.parent) if path.is_relative_to(out.parent) else path for path in results]
     lines = [
         "",

@@ -65,7 +65,7 @@ def test_import_makes_one_summary_a_sweep(
     assert experiment.tags[tag] == state and 'sweep_id = \\"s\\"' in state
     order = json.loads(state)
     assert (order["orderByKey"], order["orderByAsc"]) == ("metrics.`throughput/videos_per_hour`", False)
-    assert "its 2 fastest cells of latency modes side by side: http" in said
+    assert "its 2 fastest cells, one sample a step, side by side: http" in said
 
     assert import_records.main(["multirun"]) == 0  # again: the summaries are replaced
     second = {run.data.tags[SUMMARY_TAG]: run for run in summaries(sqlite_uri)}

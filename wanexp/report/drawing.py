@@ -42,7 +42,7 @@ HEAD_INCHES, FOOT_INCHES = 0.85, 0.65
 DPI = 110
 MAX_ROWS = 30
 MAX_EMPTY = 8.0  # a capacity so many times what is in use is not drawn: it would leave nothing to see
-MAX_LABEL = 60  # characters
+MAX_LABEL = 66  # characters
 GREY = "#666666"
 NOT_RUN = {"oom": "out of memory", "infeasible": "cannot fit (planned)"}
 

@@ -26,7 +26,7 @@ from wanexp.report.drawing import (
     styled,
     subtitle_of,
 )
-from wanexp.report.modes import LATENCY, THROUGHPUT, style_of
+from wanexp.report.modes import KIND_IN_WORDS, LATENCY, THROUGHPUT, style_of
 from wanexp.tracking.describe import cut, mapping, number
 
 CAPACITY_COLOUR = "#B00020"
@@ -130,7 +130,7 @@ def tradeoff(cells: Sequence[Cell], kind: str) -> Drawn | None:
         return None
     what = "step time" if kind == LATENCY else "time a sample"
     figure, (axes,) = sheet(
-        f"{what.capitalize()} against memory, {kind} modes",
+        f"{what.capitalize()} against memory, {KIND_IN_WORDS[kind]}",
         f"{subtitle_of(placed)}\nlower left is better; line: cells that no other beats in both",
         height=3.8,
     )

@@ -1,7 +1,7 @@
 """Figures of time: scaling over GPUs, times by mode, predicted against measured, energy and cost.
 
-Each takes the cells of one setting and returns None where there is nothing to draw. Latency modes and throughput
-modes never share an axis of time.
+Each takes the cells of one setting and returns None where there is nothing to draw. Cells of one sample a step and
+of several never share an axis of time.
 """
 
 from collections.abc import Sequence
@@ -27,12 +27,12 @@ from wanexp.report.drawing import (
     styled,
     subtitle_of,
 )
-from wanexp.report.modes import LATENCY, THROUGHPUT, style_of
+from wanexp.report.modes import KIND_IN_WORDS, LATENCY, THROUGHPUT, style_of
 from wanexp.tracking.describe import number, plural
 
 WORDS = {  # kind -> title, y axis
-    LATENCY: ("Speed-up over GPUs, latency modes", "speed-up of a step"),
-    THROUGHPUT: ("Throughput over GPUs, throughput modes", "throughput, times the baseline's"),
+    LATENCY: ("Speed-up over GPUs", "speed-up of a step"),
+    THROUGHPUT: ("Throughput over GPUs", "throughput, times the baseline's"),
 }
 PREDICTION_BAND = 0.10
 # Series of the scaling figure; with more the legend names modes alone, and the best of each has the line.
@@ -49,7 +49,7 @@ def scaling(cells: Sequence[Cell], kind: str, wanted: str | None = None) -> Draw
     if not beside:
         return None
     base = beside[0].base
-    title, label = WORDS[kind]
+    title, label = f"{WORDS[kind][0]}, {KIND_IN_WORDS[kind]}", WORDS[kind][1]
     noisy = len(judged) - len(beside)
     remark = f"; left out as too noisy: {plural(noisy, 'cell')}" if noisy else ""
     if not all(found.is_credible for found in beside):
@@ -146,7 +146,7 @@ def times(cells: Sequence[Cell], kind: str) -> Drawn | None:
     own, remark = shown(chosen)
     timed = [cell for cell in own if id(cell) in intervals]
     bars = any(middle.low < middle.high for middle in intervals.values())
-    title = "Step time, latency modes" if kind == LATENCY else "Time a sample, throughput modes"
+    title = f"{'Step time' if kind == LATENCY else 'Time a sample'}, {KIND_IN_WORDS[kind]}"
     figure, (axes,) = sheet(
         title,
         f"{subtitle_of(timed)}{remark}\npoints: steps; line and number: median"
@@ -189,7 +189,7 @@ def times(cells: Sequence[Cell], kind: str) -> Drawn | None:
 
 @styled
 def prediction(cells: Sequence[Cell]) -> Drawn | None:
-    """The planner against the machine: peak memory, and step times of either kind of mode, each with +- 10 %."""
+    """The planner against the machine: peak memory, and step times of either kind of cell, each with +- 10 %."""
     panels: list[tuple[str, list[tuple[Cell, float, float]]]] = []
     finished = [cell for cell in cells if cell.is_finished]
     if peaks := _pairs(
@@ -201,7 +201,7 @@ def prediction(cells: Sequence[Cell]) -> Drawn | None:
     for kind in (LATENCY, THROUGHPUT):
         own = [cell for cell in finished if cell.kind == kind]
         if pairs := _pairs(own, "plan/predicted_step_ms", "latency/step_ms"):
-            panels.append((f"step, {kind} modes, ms", pairs))
+            panels.append((f"ms a step, {KIND_IN_WORDS[kind]}", pairs))
     if not panels:
         return None
     all_cells = [cell for _, pairs in panels for cell, _, _ in pairs]

@@ -19,7 +19,7 @@ from wanexp.report.cells import Cell, Sweep
 from wanexp.report.collect import SWEEP_FILE
 from wanexp.report.compose import Report
 from wanexp.report.fetch import SUMMARY_TAG, runs_of
-from wanexp.report.modes import LATENCY, THROUGHPUT
+from wanexp.report.modes import KIND_IN_WORDS, LATENCY, THROUGHPUT
 from wanexp.report.page import Picture, escape_markdown, to_markdown
 from wanexp.tracking import describe
 from wanexp.tracking.client import import_client, locked, one_line, open_experiment, page_lines
@@ -91,7 +91,7 @@ def _track_summary(sweep: Sweep, report: Report, folder: Path, tracking: Trackin
         if address := link(uri, experiment_id, sweep_view_key(sweep.sweep_id)):
             lines.append(f"  {what}: {address}")
     if len(best) > 1 and (address := compare_link(uri, experiment_id, best)):
-        lines.append(f"  its {len(best)} fastest cells of {kind} modes side by side: {address}")
+        lines.append(f"  its {len(best)} fastest cells, {KIND_IN_WORDS[kind]}, side by side: {address}")
     return Tracked(url, lines, "logged")
 
 
@@ -119,8 +119,8 @@ def _fill(client: "MlflowClient", run_id: str, sweep: Sweep, report: Report, fol
 
 
 def fastest_cells(sweep: Sweep) -> tuple[str, list[Cell]]:
-    """Cells of one kind, which is said first: of latency modes if there are two to compare, by their step; else of
-    throughput modes, by the time of a sample."""
+    """Cells of one kind, which is said first: of one sample a step if there are two to compare, by their step; else of
+    several, by the time of a sample."""
     timed = [cell for cell in sweep.cells if cell.is_finished and cell.steps_ms]
     kind = LATENCY if sum(cell.kind == LATENCY for cell in timed) > 1 else THROUGHPUT
     own = [cell for cell in timed if cell.kind == kind]

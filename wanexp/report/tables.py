@@ -6,7 +6,7 @@ from wanexp.report import answers
 from wanexp.report.cells import Cell
 from wanexp.report.drawing import NOT_RUN
 from wanexp.report.machine import joined
-from wanexp.report.modes import LATENCY, THROUGHPUT
+from wanexp.report.modes import KIND_IN_WORDS, LATENCY
 from wanexp.report.page import Block, Heading, Table, Text
 from wanexp.tracking.describe import number, plural
 
@@ -18,7 +18,7 @@ INTERVAL_NOTE = (
 
 
 def cell_tables(cells: Sequence[Cell], baseline: str | None = None) -> list[Block]:
-    """Times of latency modes and of throughput modes apart, then memory, energy and exactness of all."""
+    """Times of cells with one sample a step and with several apart, then memory, energy and exactness of all."""
     verdicts = answers.verdicts(cells, baseline)
     timed = [cell for cell in cells if cell.is_finished and cell.steps_ms]
     bases = [found.base for found in verdicts.values()]
@@ -30,10 +30,10 @@ def cell_tables(cells: Sequence[Cell], baseline: str | None = None) -> list[Bloc
         limit = f"{answers.CREDIBLE_EFFICIENCY:.0%}"
         remarks.append(f"An efficiency above {limit} is noise, or its base did other work.")
     blocks: list[Block] = [Text(" ".join(remarks))] if timed else []
-    for kind, title in ((LATENCY, "Latency modes"), (THROUGHPUT, "Throughput modes")):
+    for kind, words in KIND_IN_WORDS.items():
         own = [cell for cell in cells if cell.kind == kind and cell.runs and cell.outcome != "skipped"]
         if own:
-            blocks += [Heading(title, 3), _times_table(own, kind, verdicts, bases)]
+            blocks += [Heading(words.capitalize(), 3), _times_table(own, kind, verdicts, bases)]
     ran = [cell for cell in cells if cell.is_finished]
     return blocks + ([Heading("Memory, energy, exactness", 3), _memory_table(ran)] if ran else [])
 
@@ -45,7 +45,7 @@ def _remarks(bases: Sequence[Cell], alone: Sequence[Cell], baseline: str | None)
     if bases and baseline is None and not any(base.mode == "none" for base in bases):
         yield "Mode none did not finish, so the base is the cell with the fewest devices that did."
     if any(cell.kind == LATENCY for cell in alone):
-        yield f"Latency modes without a speed-up have no baseline: {answers.no_base(baseline)}."
+        yield f"Where one sample a step has no speed-up it has no baseline: {answers.no_base(baseline)}."
     yield INTERVAL_NOTE
 
 
