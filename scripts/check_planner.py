@@ -3,8 +3,8 @@
 
     python scripts/check_planner.py run            # on one or two GPUs: runs the cells, some under enforced caps
     python scripts/check_planner.py table multirun docs/results/planner.md     # from the records, anywhere
-    python scripts/check_planner.py layouts docs/results/layouts_2gpus.json docs/results/layouts_2gpus_b.json \\
-        docs/results/planner.md                    # the section on fused kernels, from what bench_layouts.py measured
+    python scripts/check_planner.py layouts docs/results/layouts_*gpus.json docs/results/sweeps/modes_*/runs.json \\
+        docs/results/planner.md                    # the section on fused kernels, from bench_layouts.py and sweeps
 
 The cells of `run` measure peak and step time at several sizes. Its caps (hardware.enforce_memory) stand just below and
 just above the predicted need of a device: below, the plan says that the run cannot fit, and forced to start it must
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import fill
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works without an installation, too
@@ -105,6 +106,7 @@ def main() -> int:
 
 FUSED_HEADING = "## Fused kernels\n"
 GOAL_PERCENT = 10  # error of a step's time
+PAGE_WIDTH = 140  # characters
 
 
 def layouts_markdown(results: list[Path], out: Path) -> str:
@@ -128,24 +130,23 @@ def layouts_markdown(results: list[Path], out: Path) -> str:
                 rows.append(f"| {' | '.join([source, *cells])} |")
                 peak_errors.append(peak_error)
                 step_errors.append(step_error)
+                num_gpus = round(run["metrics"]["setup/num_gpus"])
                 if abs(step_error) > GOAL_PERCENT:
-                    far_off.append(
-                        f"{cells[0]} on {run['metrics']['setup/num_gpus']:.0f} ({step_error:+.1f} %)"
-                    )
+                    far_off.append(f"{cells[0]} on {num_gpus} GPUs ({step_error:+.1f} %)")
     places = [path.relative_to(out.parent) if path.is_relative_to(out.parent) else path for path in results]
-    lines = [
-        "",
+    prose = (
         "Fused kernels and fa3 on one to four H200, as `scripts/bench_layouts.py` and sweeps measured them in "
         f"{', '.join(f'[{path}]({path})' for path in places)}. Predicted by the planner as it is, from "
         "the overrides and the profile: `scripts/check_planner.py layouts` makes this table. Peaks: GiB of each GPU.",
-        "",
         "Rows without a mode are of mode none, rows without a video of 480p; hybrid has cfg=2 where nothing else is "
         "said.",
-        "",
         f"**Peaks** of {len(rows)} runs: {min(peak_errors):+.1f} to {max(peak_errors):+.1f} %, in "
         f"{sum(error > 0 for error in peak_errors)} of them predicted too high. **Times**: "
         f"{len(rows) - len(far_off)} within {GOAL_PERCENT} %, {statistics.median(step_errors):+.1f} % in the median of "
         f"all. Further off: {'; '.join(far_off) or 'none'}.",
+    )
+    lines = [
+        *(f"\n{fill(text, PAGE_WIDTH, break_long_words=False, break_on_hyphens=False)}" for text in prose),
         "",
         "| run of | model, video, mode | predicted peak | measured | worst error | predicted ms | measured | error |",
         "|" + " --- |" * 8,
@@ -162,7 +163,7 @@ def in_words(override: str) -> str:
 
 
 def layout_row(overrides: list[str], metrics: dict[str, float]) -> tuple[list[str], float, float]:
-    """Cells of the table from what ran on, and errors in percent: of the peak that is further off, and of the step."""
+    """The row's cells after the first, and errors in percent: of the peak that is further off, and of the step."""
     num_gpus = round(metrics["setup/num_gpus"])
     beside = ("gpus=", "hardware=", "+sweep=", "sweep_report=", "resume=", "tracking=")
     asked = [override for override in overrides if not override.startswith(beside)]

@@ -112,7 +112,7 @@ def test_the_tables_mark_what_is_not_credible_and_have_no_exponents() -> None:
 def test_the_page_says_which_baseline_is_missing() -> None:
     modes = [("data_parallel", 2), ("block_distribution", 2), ("cfg_parallel", 2), ("block_distribution", 4)]
     page = page_of([record_of(mode, count) for mode, count in modes])
-    assert "Where one sample a step has no speed-up it has no baseline: mode none did not finish." in page
+    assert "Cells of one sample a step without a speed-up have no baseline: mode none did not finish." in page
     (row,) = [line for line in page.splitlines() if line.startswith("| block_distribution, 2 GPUs | fin")]
     assert "baseline" in row, "of the one on four GPUs"
     (row,) = [line for line in page.splitlines() if line.startswith("| cfg_parallel, 2 GPUs | fin")]

@@ -104,14 +104,14 @@ def verdicts(cells: Sequence[Cell], wanted: str | None = None) -> dict[int, Agai
 
 
 def no_base(wanted: str | None = None) -> str:
-    """Why a latency mode is compared with nothing."""
+    """Why a cell of one sample a step is compared with nothing."""
     if wanted is None:
         return "mode none did not finish"
     return f"{wanted} did not finish, or makes several samples a step"
 
 
 def gain(base: Cell, cell: Cell) -> float:
-    """Speed-up of a latency mode, throughput ratio of a throughput mode."""
+    """Speed-up of one sample a step, throughput ratio of samples side by side."""
     return base.time_ms(cell.kind) / cell.time_ms(cell.kind)
 
 

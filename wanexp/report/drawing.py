@@ -40,7 +40,8 @@ WIDTH = 8.4  # inches
 ROW_HEIGHT = 0.34
 HEAD_INCHES, FOOT_INCHES = 0.85, 0.65
 DPI = 110
-MAX_ROWS = 30
+MAX_ROWS = 40
+MAX_COLUMNS = 5  # of a legend
 MAX_EMPTY = 8.0  # a capacity so many times what is in use is not drawn: it would leave nothing to see
 MAX_LABEL = 66  # characters
 GREY = "#666666"
@@ -110,7 +111,8 @@ def subtitle_of(cells: Sequence[Cell]) -> str:
     steps = [len(run) for cell in ran for run in cell.steps_ms]
     if steps:
         parts.append(
-            f"n = {_range(runs)} {'run' if max(runs) == 1 else 'runs'} x {_range(steps)} steps a cell"
+            f"n = {_range(runs)} {'run' if max(runs) == 1 else 'runs'} x "
+            f"{_range(steps)} {'step' if max(steps) == 1 else 'steps'} a cell"
         )
     return "  |  ".join(parts)
 
@@ -138,12 +140,16 @@ def row_note(axes: Axes, row: float, text: str) -> None:
 
 
 def legend_of_modes(place: Axes | Figure, modes: Sequence[str], *extra: Line2D, **options: Any) -> None:
-    """Colour and marker of each mode, then `extra`."""
+    """Colour and marker of each mode, then `extra`; that of a figure in as many columns as fit."""
     handles = [
         Line2D([], [], color=style_of(m).colour, marker=style_of(m).marker, linestyle="", label=m)
         for m in dict.fromkeys(modes)
     ]
-    place.legend(handles=[*handles, *extra], fontsize=8, **options)
+    for columns in (*range(MAX_COLUMNS, 1, -1), 1) if isinstance(place, Figure) else (1,):
+        legend = place.legend(handles=[*handles, *extra], fontsize=8, ncols=columns, **options)
+        if columns == 1 or legend.get_window_extent().width < place.bbox.width:
+            break
+        legend.remove()
 
 
 def shown(cells: Sequence[Cell]) -> tuple[list[Cell], str]:

@@ -161,7 +161,7 @@ def tradeoff(cells: Sequence[Cell], kind: str) -> Drawn | None:
             here = ((cell.peak_gib or 0.0) / widest, cell.time_ms(kind) / most)
             near = (s for s in texts if math.dist(s, here) < SAME_SPOT)
             spot = next(near, here)
-            text = ", ".join(filter(None, (cell.devices_label, cell.layout, cell.options)))
+            text = ", ".join(filter(None, (cell.devices_label, cell.layout or cell.mode, cell.options)))
             if text not in texts.setdefault(spot, []):
                 texts[spot].append(text)
     taken: list[tuple[float, float, float]] = []  # left, right and middle of each label, as parts of the axes
@@ -222,9 +222,10 @@ def over_time(cells: Sequence[Cell]) -> Drawn | None:
     capacities = {cap for cell in own for device in cell.devices if (cap := cell.capacity_gib(device))}
     shows_capacity = bool(capacities) and max(capacities) <= MAX_EMPTY * used
     red = "red: capacity" if shows_capacity else "capacity off the scale" if capacities else ""
+    shaded = "shaded: phases" if any(_phases(cell) for cell in own) else ""
     figure, grid = sheet(
         "Memory over time",
-        f"{subtitle_of(own)}\nin use, NVML, one line a GPU; shaded: phases{'; ' if red else ''}{red}{remark}",
+        f"{subtitle_of(own)}\n{'; '.join(filter(None, ('in use, NVML, one line a GPU', shaded, red)))}{remark}",
         height=2.0 * rows,
         rows=rows,
         columns=min(len(own), PANELS_A_ROW),
@@ -241,6 +242,11 @@ def over_time(cells: Sequence[Cell]) -> Drawn | None:
     return finish(figure, "memory_over_time", alt)
 
 
+def _phases(cell: Cell) -> list[tuple[float, str]]:
+    """When each phase of the run began, s since its start."""
+    return sorted((float(s), str(p)) for p, s in mapping(cell.record.samples.get("phase_s")).items())
+
+
 def _memory_panel(axes: Axes, cell: Cell, *, shows_capacity: bool) -> None:
     colour, end = style_of(cell.mode).colour, 0.0
     for name, series in sorted(cell.record.telemetry.items()):
@@ -248,8 +254,7 @@ def _memory_panel(axes: Axes, cell: Cell, *, shows_capacity: bool) -> None:
             seconds, values = zip(*series, strict=True)
             axes.plot(seconds, values, color=colour, linewidth=1.3, alpha=0.7, label=name.partition("/")[0])
             end = max(end, seconds[-1])
-    starts = sorted((float(s), str(p)) for p, s in mapping(cell.record.samples.get("phase_s")).items())
-    for place, ((begin, phase), (until, _)) in enumerate(pairwise([*starts, (end, "")])):
+    for place, ((begin, phase), (until, _)) in enumerate(pairwise([*_phases(cell), (end, "")])):
         axes.axvspan(begin, until, color=PHASE_COLOURS[place % 2], zorder=0)
         if until - begin > 0.07 * end:
             middle, place_of = (begin + until) / 2, axes.get_xaxis_transform()

@@ -1,7 +1,7 @@
 """Figures of time: scaling over GPUs, times by mode, predicted against measured, energy and cost.
 
 Each takes the cells of one setting and returns None where there is nothing to draw. Cells of one sample a step and
-of several never share an axis of time.
+of samples side by side never share an axis of time.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,8 @@ WORDS = {  # kind -> title, y axis
 }
 PREDICTION_BAND = 0.10
 # Series of the scaling figure; with more the legend names modes alone, and the best of each has the line.
-MAX_NAMED = 12
+MAX_NAMED = 9
+MAX_SPREAD = 0.14  # of the marks of one count, as part of the axis
 
 
 @styled
@@ -72,7 +73,8 @@ def scaling(cells: Sequence[Cell], kind: str, wanted: str | None = None) -> Draw
     handles = []
     is_crowded = len(series) > MAX_NAMED
     places = list(dict.fromkeys(key[0] if is_crowded else key for key in series))
-    dodge = 0.022 * (counts[-1] - counts[0])  # so that no mark of one count hides another
+    # So that no mark of one count hides another.
+    dodge = min(0.022, MAX_SPREAD / len(places)) * (counts[-1] - counts[0])
     for (mode, degrees, options), points in series.items():
         style = style_of(mode)
         siblings = [key for key in series if key[0] == mode]
@@ -122,7 +124,7 @@ def scaling(cells: Sequence[Cell], kind: str, wanted: str | None = None) -> Draw
     if not is_crowded:
         named = {mode for mode, *_ in series}
         modes, extra = [mode for mode in modes if mode not in named], [*handles, *extra]
-    legend_of_modes(figure, modes, *extra, loc="lower left", ncols=4)
+    legend_of_modes(figure, modes, *extra, loc="lower left")
     left.set_ylim(0, 1.03 * left.get_ylim()[1])
     right.set_ylim(0, max(108, right.get_ylim()[1]))
     best = max(beside, key=lambda found: answers.gain(found.base, found.cell))
@@ -229,18 +231,18 @@ def prediction(cells: Sequence[Cell]) -> Drawn | None:
             worst = max(worst, abs(predicted / measured - 1))
         axes.set(xlim=(0, top), ylim=(0, top), xlabel="predicted", ylabel="measured")
         axes.set_title(label, fontsize=8)
-    legend_of_modes(figure, [cell.mode for cell in all_cells], loc="lower left", ncols=5)
+    legend_of_modes(figure, [cell.mode for cell in all_cells], loc="lower left")
     return finish(figure, "prediction", f"Predicted against measured; the largest error is {worst:.1%}")
 
 
 @styled
 def energy(cells: Sequence[Cell]) -> Drawn | None:
     """Energy of a video by cell, and its cost where the price of a GPU hour is known."""
-    own, remark = shown([cell for cell in cells if cell.is_finished and answers.energy_wh(cell) is not None])
+    measured = [cell for cell in cells if cell.is_finished and answers.energy_wh(cell) is not None]
+    own, remark = shown(sorted(measured, key=lambda cell: answers.energy_wh(cell) or 0.0))
     priced = [cell for cell in own if answers.cost_usd(cell) is not None]
     if not own:
         return None
-    own.sort(key=lambda cell: answers.energy_wh(cell) or 0.0)
     note = "GPUs alone; a video is all sampling steps, without text encoder and VAE"
     figure, grid = sheet(
         "Energy and cost of a video" if priced else "Energy of a video",

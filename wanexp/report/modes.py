@@ -7,7 +7,7 @@ same again.
 from typing import NamedTuple
 
 LATENCY, THROUGHPUT = "latency", "throughput"
-KIND_IN_WORDS = {LATENCY: "one sample a step", THROUGHPUT: "several samples a step"}
+KIND_IN_WORDS = {LATENCY: "one sample a step", THROUGHPUT: "samples side by side"}
 
 
 class Style(NamedTuple):

@@ -120,7 +120,7 @@ def _fill(client: "MlflowClient", run_id: str, sweep: Sweep, report: Report, fol
 
 def fastest_cells(sweep: Sweep) -> tuple[str, list[Cell]]:
     """Cells of one kind, which is said first: of one sample a step if there are two to compare, by their step; else of
-    several, by the time of a sample."""
+    samples side by side, by the time of a sample."""
     timed = [cell for cell in sweep.cells if cell.is_finished and cell.steps_ms]
     kind = LATENCY if sum(cell.kind == LATENCY for cell in timed) > 1 else THROUGHPUT
     own = [cell for cell in timed if cell.kind == kind]

@@ -18,7 +18,7 @@ INTERVAL_NOTE = (
 
 
 def cell_tables(cells: Sequence[Cell], baseline: str | None = None) -> list[Block]:
-    """Times of cells with one sample a step and with several apart, then memory, energy and exactness of all."""
+    """Times of one sample a step, those of samples side by side, then memory, energy and exactness of all."""
     verdicts = answers.verdicts(cells, baseline)
     timed = [cell for cell in cells if cell.is_finished and cell.steps_ms]
     bases = [found.base for found in verdicts.values()]
@@ -45,7 +45,7 @@ def _remarks(bases: Sequence[Cell], alone: Sequence[Cell], baseline: str | None)
     if bases and baseline is None and not any(base.mode == "none" for base in bases):
         yield "Mode none did not finish, so the base is the cell with the fewest devices that did."
     if any(cell.kind == LATENCY for cell in alone):
-        yield f"Where one sample a step has no speed-up it has no baseline: {answers.no_base(baseline)}."
+        yield f"Cells of one sample a step without a speed-up have no baseline: {answers.no_base(baseline)}."
     yield INTERVAL_NOTE
 
 
