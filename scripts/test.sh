@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The tests: sets .venv up if need be, then pytest with the arguments given. Two files at a time, as many tests wait for
-# processes of their own.
+# The tests: sets .venv up if need be, then pytest with the arguments given. Three files at a time also on two cores, as
+# many tests wait for processes of their own.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh test
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
