@@ -3,8 +3,8 @@
 
     python scripts/check_planner.py run            # on one or two GPUs: runs the cells, some under enforced caps
     python scripts/check_planner.py table multirun docs/results/planner.md     # from the records, anywhere
-    python scripts/check_planner.py layouts docs/results/layouts_*gpus.json docs/results/sweeps/modes_*/runs.json \\
-        docs/results/planner.md                    # the section on fused kernels, from bench_layouts.py and sweeps
+    python scripts/check_planner.py layouts docs/results/layouts_{2gpus,2gpus_b,4gpus}.json \\
+        docs/results/sweeps/{modes,scaling}_*/runs.json docs/results/planner.md  # the section on fused kernels
 
 The cells of `run` measure peak and step time at several sizes. Its caps (hardware.enforce_memory) stand just below and
 just above the predicted need of a device: below, the plan says that the run cannot fit, and forced to start it must
@@ -130,8 +130,8 @@ def layouts_markdown(results: list[Path], out: Path) -> str:
                 rows.append(f"| {' | '.join([source, *cells])} |")
                 peak_errors.append(peak_error)
                 step_errors.append(step_error)
-                num_gpus = round(run["metrics"]["setup/num_gpus"])
                 if abs(step_error) > GOAL_PERCENT:
+                    num_gpus = round(run["metrics"]["setup/num_gpus"])
                     far_off.append(f"{cells[0]} on {num_gpus} GPUs ({step_error:+.1f} %)")
     places = [path.relative_to(out.parent) if path.is_relative_to(out.parent) else path for path in results]
     prose = (
