@@ -20,6 +20,7 @@ from wanexp.wan.attention_choice import (
     candidates,
     choice_from_dict,
     decide,
+    stay_with,
 )
 from wanexp.wan.attention_probe import attention_ceilings, measure_kernels, probe, time_in_turns
 
@@ -62,6 +63,27 @@ def test_the_fastest_that_runs_is_taken_and_the_losers_are_kept():
     choice = decide("auto", results, SMALL)
     assert (choice.kernel, choice.tflops) == ("fa4", 689.0)
     assert choice.results == tuple(results) and not choice.from_cache
+
+
+@pytest.mark.parametrize(
+    ("own", "taken"),
+    [("fa3", "fa3"), ("sdpa_cudnn", "sdpa_cudnn"), ("sdpa_flash", "sdpa_cudnn"), ("fa4", "sdpa_cudnn")],
+)
+def test_cross_attention_leaves_the_kernel_of_self_attention_for_a_clear_gain_only(own, taken):
+    results = [
+        KernelResult("sdpa_flash", seconds=0.00103, tflops=335.0),
+        KernelResult("sdpa_cudnn", seconds=0.00062, tflops=552.0),
+        KernelResult("fa3", seconds=0.00065, tflops=531.0),  # 4 % behind, as 40 heads on 512 keys on an H200
+        KernelResult("fa4", refusal="here: it is not installed"),
+    ]
+    found = stay_with(own, decide("auto", results, SMALL))
+    assert found.kernel == taken
+    assert found.tflops == next(result.tflops for result in results if result.kernel == taken)
+    assert found.results == tuple(results)  # what was measured stays
+
+
+def test_without_a_probe_there_is_nothing_to_stay_with():
+    assert stay_with("fa3", Choice("sdpa_flash")) == Choice("sdpa_flash")
 
 
 def test_no_kernel_at_all_names_every_reason():

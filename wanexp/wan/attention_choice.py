@@ -1,11 +1,12 @@
 """Which attention kernel to take: shapes, what was measured of each kernel, and the decision. Pure.
 
-`attention_probe.py` measures. Self-attention and cross-attention are decided apart, for different kernels win them.
+`attention_probe.py` measures. Self-attention and cross-attention are decided apart, for different kernels can win them,
+but cross-attention changes kernels for a clear gain only (`stay_with`).
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from wanexp.errors import UserError
@@ -14,6 +15,7 @@ from wanexp.wan.flash_attention import FLASH_KERNELS, CannotRun
 # What auto tries. sdpa_math, which holds all scores in memory, only where none of these runs.
 CANDIDATES = ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "fa3", "fa4")
 LAST_RESORT = "sdpa_math"
+CLEARLY_FASTER = 1.1
 
 
 @dataclass(frozen=True)
@@ -114,3 +116,17 @@ def decide(requested: str, results: Sequence[KernelResult], shape: AttentionShap
         raise CannotRun(requested, str(results[0].reason))
     reasons = ", ".join(f"{result.kernel} {result.reason}" for result in results)
     raise UserError(f"no attention kernel runs on {shape}: {reasons}")
+
+
+def stay_with(kernel: str, choice: Choice) -> Choice:
+    """`choice` with `kernel`, unless what it chose is clearly faster, or `kernel` does not run.
+
+    Kernels round differently. Where two take all but the same time, the noise of the probe would choose, another one
+    for each layout, and layouts that compute the same would no longer give the same bits.
+    """
+    for result in choice.results:
+        if result.kernel == kernel and result.seconds is not None:
+            fastest = min(other.seconds for other in choice.results if other.seconds is not None)
+            if result.seconds <= CLEARLY_FASTER * fastest:
+                return replace(choice, kernel=kernel, tflops=result.tflops)
+    return choice
