@@ -34,9 +34,10 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from datetime import UTC, datetime
 from itertools import repeat
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ from wanexp.record import Record
 from wanexp.runner import (
     Prepared,
     effective_settings,
+    exact_kernels,
     leave_out_what_is_not_finite,
     plan_summary,
     take_results,
@@ -156,10 +158,11 @@ def main() -> int:
 
     print(f"{len(devices)} devices, {len(cells)} layouts, records in {folder}", flush=True)
     prepare_process()
-    runs = measure_none(cases, devices, folder, options.fp32_blocks)
-    print(f"none: {time.time() - began:.0f} s", flush=True)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(map(len, planned), default=1), spawn, initializer=prepare_process) as pool:
+    most, spawn = max(map(len, planned), default=1), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(most, spawn, initializer=prepare_process) as pool:
+        wait([pool.submit(start_server) for _ in range(most)])  # at once: loading torch takes a while
+        runs = measure_none(cases, devices, folder, options.fp32_blocks)
+        print(f"none: {time.time() - began:.0f} s", flush=True)
         spare = 1.0  # how much longer layouts take than expected
         for number, batch in enumerate(planned):
             begin, expected = time.time(), max(cell.seconds for cell in batch)
@@ -197,6 +200,14 @@ def write_results(
 def prepare_process() -> None:
     """Of a process that launches: its ranks are forked from one that has torch loaded."""
     multiprocessing.set_forkserver_preload(["wanexp.preload"])
+    forkserver.ensure_running()
+
+
+def start_server() -> None:
+    """Returns when the process that ranks are forked from has torch loaded."""
+    process = multiprocessing.get_context("forkserver").Process(target=os.getpid)
+    process.start()
+    process.join()
 
 
 def measure_none(
@@ -342,7 +353,10 @@ def run_tasks(tasks_of_ranks: list[list[Task]]) -> None:
                 if task.kind == "run":
                     events.emit("report", report=run.run())
                 else:
-                    write_answer(task.job.run_folder, run.reference_answer(run.load(Groups()).models))
+                    loaded = run.load(Groups())
+                    write_answer(task.job.run_folder, run.reference_answer(loaded.models))
+                    kernels_file(task.job.run_folder).write_text(json.dumps(exact_kernels(loaded.effective)))
+                    del loaded
             except Exception as error:
                 traceback.print_exc()
                 sys.stdout.flush()
@@ -413,6 +427,11 @@ def answer_folder(folder: Path, case: Case, kind: str, sample: int) -> Path:
     return folder / "answers" / f"{case.name} {kind} sample{sample}".replace(" ", "_")
 
 
+def kernels_file(folder: Path) -> Path:
+    """The attention kernels that an answer was computed with."""
+    return folder / "kernels.json"
+
+
 def compare(record: Record, case: Case, job: Job, none_number: int | None) -> None:
     """The distance of the run's answer to mode none's, sample by sample; of mode none itself there is none to take."""
     import torch
@@ -426,11 +445,12 @@ def compare(record: Record, case: Case, job: Job, none_number: int | None) -> No
             exact, rounded = (read_answer(answer_folder(folder, case, kind, 0)) for kind in ("fp32", "bf16"))
             record.metrics["parity/bf16_to_fp32"] = compare_answers(rounded, exact).rel_l2
         return
-    references = [
-        read_answer(answer_folder(folder, case, "reference", sample))["flow"]
-        for sample in range(job.plan.batch_size)
-    ]
-    parity = compare_answers(read_answer(job.run_folder), {"flow": torch.cat(references)})
+    places = [answer_folder(folder, case, "reference", sample) for sample in range(job.plan.batch_size)]
+    flow = torch.cat([read_answer(place)["flow"] for place in places])
+    parity = compare_answers(read_answer(job.run_folder), {"flow": flow})
+    own = list(exact_kernels(record.effective))
+    alike = all(json.loads(kernels_file(place).read_text()) == own for place in places)
+    record.metrics["parity/same_kernels"] = float(alike)
     record.metrics["parity/rel_l2"] = parity.rel_l2
     record.metrics["parity/bit_equal"] = float(parity.bit_equal)
     record.metrics["parity/num_blocks"] = float(case.blocks or job.config.model.architecture.num_layers)

@@ -421,6 +421,7 @@ def test_every_legal_layout_runs_and_gives_the_same_answer(tmp_path):
     arguments = [
         "--gpus=0,1",
         "--layout=all",
+        "--layout=cfg_parallel attention=sdpa_math",
         "--case=tiny:tiny:1",
         "--override=precision=fp32",
         "--fp32-blocks=1",
@@ -443,14 +444,23 @@ def test_every_legal_layout_runs_and_gives_the_same_answer(tmp_path):
     }
     for row in rows[2:]:
         assert row["outcome"] == "finished"
-        assert row["parity"] == "bit-equal" or float(row["parity"]) < 1e-5, row
+        words = row["parity"].removesuffix(", other kernels")
+        assert words == "bit-equal" or float(words) < 1e-5, row
+    # The same layout by none's kernels and by others: equal bits, or a row that says why not.
+    assert {row["parity"].split(", ")[-1] for row in rows if row["layout"] == "cfg=2"} == {
+        "bit-equal",
+        "other kernels",
+    }
     predicted = json.loads((tmp_path / "records" / "predictions.json").read_text())
     assert len(predicted) == len(rows) - 2
     assert sum(1 for _ in (tmp_path / "records").glob("*/record.json")) == len(rows)
     sweep = read_sweep(tmp_path / "records")
     labels = [cell.label for cell in sweep.cells]
-    assert len(labels) == len(rows) - 1 and "none, 1 CPU device" in labels  # on each device is a repeat
-    assert "hybrid, 2 CPU devices, cfg=2 x shard=2" in labels
+    assert len(labels) == len(rows) - 1  # none on each device is a repeat
+    assert {"none, 1 CPU device, attention=auto", "cfg_parallel, 2 CPU devices, attention=sdpa_math"} < set(
+        labels
+    )
+    assert "hybrid, 2 CPU devices, cfg=2 x shard=2, attention=auto" in labels
 
 
 def test_goals_of_layouts_stand_beside_the_best_of_them():
