@@ -3,7 +3,7 @@
 
     python scripts/check_planner.py run            # on one or two GPUs: runs the cells, some under enforced caps
     python scripts/check_planner.py table multirun docs/results/planner.md     # from the records, anywhere
-    python scripts/check_planner.py layouts docs/results/layouts_{2gpus,2gpus_b,4gpus}.json \\
+    python scripts/check_planner.py layouts docs/results/{layouts_2gpus_older,layouts_{2,4}gpus,models_2gpus}.json \\
         docs/results/sweeps/{modes,scaling}_*/runs.json docs/results/planner.md  # the section on fused kernels
 
 The cells of `run` measure peak and step time at several sizes. Its caps (hardware.enforce_memory) stand just below and

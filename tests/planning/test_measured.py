@@ -1,8 +1,8 @@
 """Predictions of every mode beside what was measured on two H200, 2026-11-22.
 
 One step of two forwards, bf16, torch 2.11. PLAIN: kernels=torch, attention=sdpa_cudnn, docs/results/
-layouts_2gpus_plain.json. FUSED: kernels=triton, attention=fa3, layouts_2gpus.json and, where a GPU has two samples or
-contiguous blocks are at 720p (there run 1 was not warm), layouts_2gpus_b.json. Peaks are torch's allocated bytes,
+layouts_2gpus_plain.json. FUSED: kernels=triton, attention=fa3, layouts_2gpus_older.json (of contiguous blocks at 720p
+its second run: the first was not warm). Peaks are torch's allocated bytes,
 within 5 %, fused 2 %; times within 10 %, those of hosts 12 %.
 """
 
