@@ -31,7 +31,7 @@ from wanexp.parallel.shares import part_of_rank
 from wanexp.parallel.ulysses import reserve_places
 from wanexp.planning.exchanges import place_bytes
 from wanexp.planning.sizes import share_of, sizes_of
-from wanexp.wan.attention_choice import Choice, attention_shapes, stay_with
+from wanexp.wan.attention_choice import Choice, attention_shapes, steady
 from wanexp.wan.attention_probe import probe
 from wanexp.wan.fused import choose_kernels
 from wanexp.wan.transformer import WanTransformer
@@ -179,8 +179,7 @@ class RankLoader:
         choices: list[Any] = [None, None]
         if self.rank == 0:
             self.events.progress("probe attention", 0, 1)
-            chosen = measure(own_shape, with_lse=layout.ring > 1)
-            choices = [chosen, stay_with(chosen.kernel, measure(cross_shape))]
+            choices = [measure(own_shape, with_lse=layout.ring > 1), steady(measure(cross_shape))]
         if dist.is_initialized():
             dist.broadcast_object_list(choices, src=0)
         return choices[0], choices[1]
