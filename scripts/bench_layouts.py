@@ -11,8 +11,8 @@ and its answers are what the others' are compared with.
     python scripts/bench_layouts.py --counts 2,4,8 --layout all --budget-s 540 --out docs/results/scaling.md
     python scripts/bench_layouts.py --layout 'block_distribution_interleaved workload.batch_size=2' --out /tmp/two.md
 
---layout all takes every legal layout that fits, hybrids included: what is predicted fastest, then each mode by name,
-then the products. Layouts of few GPUs run side by side, each on GPUs of its own. The predictions of all cells are
+--layout all takes every layout that the planner lists and that fits, hybrids included (weights whole or in shards
+over all ranks): what is predicted fastest, then each mode by name, then the products. Layouts of few GPUs run side by side, each on GPUs of its own. The predictions of all cells are
 written before anything runs (predictions.json in the folder). What --budget-s leaves no time for, and cases whose step
 is predicted longer than --max-step-s, are left out and listed. --dry-run says what would run, and for how long.
 
@@ -59,13 +59,14 @@ from layouts_study import (
 )
 from layouts_table import table_rows, write_table
 
+from wanexp.compose_errors import explain
 from wanexp.config import conf_dir, to_dict
-from wanexp.errors import LayoutError, UserError
+from wanexp.errors import LayoutError
 from wanexp.hardware.devices import Device
 from wanexp.hardware.profiles import profile_for
 from wanexp.hardware.telemetry import TelemetrySampler
 from wanexp.job import Job
-from wanexp.launch import Heard, launch_config, quiet_agent, verdict
+from wanexp.launch import Heard, Launched, launch_config, quiet_agent, verdict
 from wanexp.measure.environment import host_environment
 from wanexp.record import Record
 from wanexp.runner import (
@@ -98,6 +99,16 @@ CASES = (
 
 Measured = tuple[str, Path, Record]
 """The name of its case, its folder, and the record, of one run."""
+
+
+@dataclasses.dataclass
+class Told:
+    """What the ranks of one job told from `begin` to `end` (wall clock). exit_codes: of its launch, where it failed."""
+
+    heard: Heard
+    begin: float
+    end: float
+    exit_codes: dict[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +148,15 @@ def main() -> int:
 
     began = time.time()
     folder = (options.folder or ROOT / "multirun" / f"layouts_{time.strftime('%Y-%m-%d_%H-%M-%S')}").resolve()
-    cases = [parse_case(text, options.override) for text in options.case or CASES]
     try:
+        cases = [parse_case(text, options.override) for text in options.case or CASES]
         devices, counts = choose_devices(cases[0], options.gpus, options.counts)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        cells, too_long = choose_cells(cases, options.layout or LAYOUTS, devices, counts, options.max_step_s)
+    except Exception as error:
+        if (line := explain(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 2
-    cells, too_long = choose_cells(cases, options.layout or LAYOUTS, devices, counts, options.max_step_s)
     planned = batches(cells, devices)
     if options.dry_run:
         for batch in planned:
@@ -244,13 +257,9 @@ def measure_none(
                     asked, sample, place / "ranks", place, num_threads=1, reference_of=(1,), num_blocks=blocks
                 )
                 tasks[number].append(Task(task_job, 0, "reference"))
-    heard, telemetry, begin = launch_tasks(tasks, devices)
+    told, telemetry = launch_tasks(tasks, devices)
     return [
-        (
-            case.name,
-            job.run_folder,
-            finish_record(case, job, heard[job.folder], telemetry, begin, [], number),
-        )
+        (case.name, job.run_folder, finish_record(case, job, told.get(job.folder), telemetry, [], number))
         for case, job, number in runs
     ]
 
@@ -277,12 +286,12 @@ def measure_layout(cell: Cell, folder: Path, number: str) -> list[Measured]:
             tasks[rank].append(Task(job, rank, blocks=case.blocks))
     if not jobs:
         return []
-    heard, telemetry, begin = launch_tasks(tasks, cell.devices)
+    told, telemetry = launch_tasks(tasks, cell.devices)
     return [
         (
             case.name,
             job.run_folder,
-            finish_record(case, job, heard[job.folder], telemetry, begin, overrides, None),
+            finish_record(case, job, told.get(job.folder), telemetry, overrides, None),
         )
         for case, job in jobs
     ]
@@ -290,8 +299,8 @@ def measure_layout(cell: Cell, folder: Path, number: str) -> list[Measured]:
 
 def launch_tasks(
     tasks: list[list[Task]], devices: Sequence[Device]
-) -> tuple[dict[Path, Heard], TelemetrySampler, float]:
-    """Run the tasks of each rank; what they said, by the folder of their job."""
+) -> tuple[dict[Path, Told], TelemetrySampler]:
+    """Run the tasks of each rank; what they told, by the folder of their job, of those that began."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
@@ -299,19 +308,23 @@ def launch_tasks(
 
     for task in (task for of_rank in tasks for task in of_rank):
         task.job.folder.mkdir(parents=True, exist_ok=True)
+    exit_codes: dict[int, int] = {}
     with TelemetrySampler(devices) as telemetry, quiet_agent():
-        begin = time.time()
         try:
             elastic_launch(launch_config(len(tasks)), run_tasks)(tasks)
         except ChildFailedError as error:
-            print("a launch failed:", {rank: failure.exitcode for rank, failure in error.failures.items()})
-    heard: dict[Path, Heard] = {}
-    for task in (task for of_rank in tasks for task in of_rank):
-        if task.job.folder not in heard:
-            heard[task.job.folder] = Heard()
-            for event in EventTail(task.job.folder, range(task.job.plan.layout.num_ranks)).poll():
-                heard[task.job.folder].take(event)
-    return heard, telemetry, begin
+            exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            print("a launch failed:", exit_codes)
+    told: dict[Path, Told] = {}
+    for job in {task.job.folder: task.job for of_rank in tasks for task in of_rank}.values():
+        if events := EventTail(job.folder, range(job.plan.layout.num_ranks)).poll():
+            heard = Heard()
+            for event in events:
+                heard.take(event)
+            is_whole = len(heard.reports) == job.plan.layout.num_ranks
+            times = [event["time"] for event in events]
+            told[job.folder] = Told(heard, min(times), max(times), {} if is_whole else exit_codes)
+    return told, telemetry
 
 
 def run_tasks(tasks_of_ranks: list[list[Task]]) -> None:
@@ -372,13 +385,13 @@ def run_tasks(tasks_of_ranks: list[list[Task]]) -> None:
 def finish_record(
     case: Case,
     job: Job,
-    heard: Heard,
+    told: Told | None,
     telemetry: TelemetrySampler,
-    begin: float,
     overrides: Sequence[str],
     none_number: int | None,
 ) -> Record:
-    """The record of one case, as the main job would write it."""
+    """The record of one case, as the main job would write it; `told` is None if it never began."""
+    begin, end = (told.begin, told.end) if told else (time.time(),) * 2
     record = Record(
         run_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(3).hex()}",
         name=f"{job.config.parallelism.mode} {job.config.model.name}",
@@ -387,19 +400,22 @@ def finish_record(
         command=["python", "scripts/bench_layouts.py"],
         overrides=[f"model={case.model}", f"video={case.video}", *case.overrides, *overrides],
         sweep_id=job.run_folder.parent.name,
-        ended=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        ended=datetime.fromtimestamp(end, UTC).isoformat(timespec="milliseconds"),
     )
     profile = profile_of(job)
     record.plan = plan_summary(job.plan)
     record.effective = effective_settings(job.config, job.plan)
     record.environment = host_environment(job.plan.devices)
-    launched = verdict(job, heard, exit_codes={})
+    if told:
+        launched = verdict(job, told.heard, exit_codes=told.exit_codes)
+    else:
+        launched = Launched("failed", "not begun: a case before it ended the processes of this layout")
     peak = profile.bf16_tflops if profile else None
     take_results(record, job.config, Prepared(job.plan, judged(job), peak, []), launched)
     if launched.reports:
         preflight = judged(job)
         record.metrics |= preflight.predicted_metrics() | preflight.error_metrics(record.metrics)
-        own = telemetry.of(job.plan.devices)  # mode none runs on all GPUs at a time, a record each
+        own = telemetry.of(job.plan.devices, begin, end)  # cases share a launch, mode none on each GPU too
         take_telemetry(record, job.config, own, launched)
         record.telemetry = own.series(begin)
         compare(record, case, job, none_number)
@@ -446,6 +462,9 @@ def compare(record: Record, case: Case, job: Job, none_number: int | None) -> No
             record.metrics["parity/bf16_to_fp32"] = compare_answers(rounded, exact).rel_l2
         return
     places = [answer_folder(folder, case, "reference", sample) for sample in range(job.plan.batch_size)]
+    if missing := [place.name for place in places if not kernels_file(place).exists()]:
+        record.warnings.append(f"not compared with mode none: it left no answer in {', '.join(missing)}")
+        return
     flow = torch.cat([read_answer(place)["flow"] for place in places])
     parity = compare_answers(read_answer(job.run_folder), {"flow": flow})
     own = list(exact_kernels(record.effective))

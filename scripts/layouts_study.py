@@ -77,16 +77,26 @@ class Cell:
 
 
 def parse_case(text: str, overrides: Sequence[str]) -> Case:
-    model, video, steps, blocks, *more = (text + "::").split(":")
+    """Raises UserError for a text that is no case."""
+    model, video, steps, blocks, *more = (text + ":::::").split(":")
+    if not (model and video and steps.isdecimal() and (not blocks or blocks.isdecimal())):
+        raise UserError(f"--case {text} is no case; write model:video:steps, such as wan2.1_t2v_1.3b:480p:3")
     own = tuple(word for word in ":".join(more).strip(":").split(" ") if word)
     return Case(model, video, int(steps), int(blocks) if blocks else None, own, tuple(overrides))
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """Raises UserError for what is no list such as 0,1."""
+    if not all(word.isdecimal() for word in text.split(",")):
+        raise UserError(f"{option} {text} is no list of whole numbers; write it such as 0,1")
+    return [int(word) for word in text.split(",")]
 
 
 def choose_devices(case: Case, gpus: str | None, counts: str | None) -> tuple[tuple[Device, ...], list[int]]:
     """The devices of the study, and how many of them layouts are spread over, the most first. Raises UserError."""
     found = find_devices(case.config().hardware)
-    asked = sorted({int(count) for count in counts.split(",")}, reverse=True) if counts else []
-    named = [int(index) for index in gpus.split(",")] if gpus else None
+    asked = sorted(set(whole_numbers("--counts", counts)), reverse=True) if counts else []
+    named = whole_numbers("--gpus", gpus) if gpus else None
     if named is None and asked and found[0].type == "cpu":
         named = [device.index for device in found[: asked[0]]]
     devices = select_devices(found, named, "hybrid")
@@ -104,7 +114,7 @@ def choose_cells(
 ) -> tuple[list[Cell], list[tuple[Cell, Case]]]:
     """The cells in the order in which they run, and the cases that are left out of one for the length of their steps.
 
-    `all`: every legal layout that fits. What is predicted fastest on each count comes first, then each mode by name,
+    `all`: every layout that the planner lists and that fits. What is predicted fastest on each count comes first, then each mode by name,
     then the products; within that the most GPUs first, and the fastest.
     """
     ordered: list[tuple[tuple[int, int], Cell]] = []

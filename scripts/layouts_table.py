@@ -85,7 +85,7 @@ def table_rows(runs: Runs) -> list[dict[str, Any]]:
 
 def _case_rows(mine: Sequence[Record], case: str) -> Iterator[dict[str, Any]]:
     base = [
-        r.metrics["latency/step_ms"]
+        r.metrics["latency/step_ms"] / r.metrics["setup/batch_size"]
         for r in mine
         if r.effective["mode"] == "none" and "latency/step_ms" in r.metrics
     ]
@@ -107,18 +107,21 @@ def _case_rows(mine: Sequence[Record], case: str) -> Iterator[dict[str, Any]]:
             yield row | {"note": record.message}
             continue
         step, batch, mean = metrics["latency/step_ms"], metrics["setup/batch_size"], sum(base) / len(base)
+
+        def each(
+            name: str, digits: int, metrics: dict[str, float] = metrics, labels: list[str] = labels
+        ) -> str:
+            values = [metrics.get(name.format(label)) for label in labels]
+            return " / ".join("-" if value is None else f"{value:.{digits}f}" for value in values)
+
         sent = sum(value for name, value in metrics.items() if name.endswith("_gib_per_forward"))
         yield row | {
             "step ms": round(step, 1),
             "speed-up": round(batch * mean / step, 3),
             "samples": int(batch),
-            "peak GiB": " / ".join(
-                f"{metrics.get(f'memory/{label}/peak_allocated_gib', 0):.2f}" for label in labels
-            ),
-            "weights GiB": " / ".join(f"{metrics[f'memory/{label}/weights_gib']:.2f}" for label in labels),
-            "busy %": " / ".join(
-                f"{metrics.get(f'telemetry/{label}/utilization_percent', 0):.0f}" for label in labels
-            ),
+            "peak GiB": each("memory/{}/peak_allocated_gib", 2),
+            "weights GiB": each("memory/{}/weights_gib", 2),
+            "busy %": each("telemetry/{}/utilization_percent", 0),
             "sent GiB a forward": round(sent, 3),
             "parity": parity_words(metrics),
             "predicted ms": round(metrics.get("plan/predicted_step_ms", 0), 1),
@@ -153,10 +156,10 @@ def write_table(runs: Runs, out: Path) -> None:
         + " ".join(repr(word) if " " in word else word for word in sys.argv[1:])
         + "`.",
         "",
-        "Step: median of the timed steps after one for warm-up; two forwards (guidance). Speed-up: samples a second "
-        "over the mean of mode none on each GPU. Parity: worst relative L2 of the predicted flow against mode none's, "
-        "same shares of the batch and, where nothing else is said, the same attention kernels; for none, of bf16 "
-        "against fp32 over its first blocks.",
+        "Step: median of the timed steps; two forwards (guidance). Speed-up: samples a second over the mean of mode "
+        "none on each GPU. Parity: worst relative L2 of the predicted flow against mode none's, sample by sample and, "
+        "where nothing else is said, by the same attention kernels; for none, of bf16 against fp32 over its first "
+        "blocks.",
         "",
         "## The best layout of each case",
         "",

@@ -41,7 +41,7 @@ from wanexp.measure.environment import host_environment, torch_environment
 from wanexp.measure.parity import compare_answers
 from wanexp.measure.timing import Stopwatch
 from wanexp.parallel.peer_memory import bytes_in_use, release_all
-from wanexp.wan.attention_choice import attention_shapes
+from wanexp.wan.attention_choice import attention_shapes, steady
 from wanexp.wan.attention_probe import probe
 
 Row = dict[str, Any]  # what stands in the file of a contender in a case
@@ -223,7 +223,7 @@ def row_of(case: Case, contender: Contender, outcome: str, reason: str | None) -
 
 
 def our_attention(case: Case, asked: str | None, device: torch.device) -> tuple[str, str]:
-    """Our kernels for self- and cross-attention; without a wish those that a probe of rank 0 finds fastest."""
+    """Our kernels for self- and cross-attention; without a wish those that a run chooses, by a probe of rank 0."""
     if asked:
         first, _, second = asked.partition(",")
         return first, second or first
@@ -237,7 +237,8 @@ def our_attention(case: Case, asked: str | None, device: torch.device) -> tuple[
             head_dim=case.architecture.head_dim,
             ulysses=case.num_gpus,
         )
-        kernels = [probe("auto", shape, device=device, dtype=torch.bfloat16).kernel for shape in shapes]
+        own, cross = (probe("auto", shape, device=device, dtype=torch.bfloat16) for shape in shapes)
+        kernels = [own.kernel, steady(cross).kernel]
     dist.broadcast_object_list(kernels, src=0)
     return kernels[0], kernels[1]
 

@@ -37,6 +37,7 @@ from wanexp.parallel.data_parallel import gather_batch, scatter_batch
 from wanexp.parallel.groups import Groups, check_copies, check_links, open_layout_groups, open_memories
 from wanexp.parallel.parallelize import ParallelModel
 from wanexp.parallel.peer_memory import bytes_in_use
+from wanexp.planning.memory import reference_bytes
 from wanexp.planning.plan import DTYPE_BYTES, is_lossy_run
 from wanexp.rank_load import Loaded, RankLoader
 from wanexp.wan.transformer import first_blocks
@@ -274,6 +275,7 @@ class RankRun:
             num_blocks=architecture.num_layers,
             outer_bytes=architecture.num_outer_parameters() * element,
             block_bytes=architecture.num_block_parameters() * element,
+            other_bytes=reference_bytes(self.config, self.plan),
             device_bytes=self.plan.devices[0].total_bytes,
             # As if the GPUs of a replica shared its work without loss: what it took them, one takes in turn.
             reference_s=load_s + num_parity_forwards(self.config) * forward_s * self.plan.layout.num_devices,

@@ -52,11 +52,12 @@ def test_samples_in_a_thread():
     assert metrics["memory/gpu1/nvml_used_gib"] == 0.0
     assert metrics["telemetry/gpu1/utilization_percent"] == 80.0
     sampler.stop()  # a second time
-    part = sampler.of([gpu_device(1)])
+    part = sampler.of([gpu_device(1)], start, time.time())
     assert {name.partition("/")[0] for name in part.series(start)} == {"gpu1"}
     assert {name.split("/")[1] for name in part.summarise(start, time.time())[0] if "/gpu" in name} == {
         "gpu1"
     }
+    assert not any(sampler.of([gpu_device(1)], 0, start - 1).series(start).values()), "before it was started"
     assert len(sampler.series(start)) == 16
 
 

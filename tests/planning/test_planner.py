@@ -484,6 +484,17 @@ def test_auto_is_replaced_by_the_choice():
     assert result.config.gpus == [0, 1] and not result.message
 
 
+def test_auto_takes_no_degrees():
+    said = "parallelism.tp=2, parallelism.pipeline=false would be lost; leave that out"
+    with pytest.raises(UserError, match=said):
+        checked(
+            "parallelism=auto",
+            "parallelism.tp=2",
+            "parallelism.pipeline=false",
+            devices=(gpu(0, 24), gpu(1, 24)),
+        )
+
+
 def test_auto_where_nothing_fits_says_what_is_missing():
     devices = (gpu(0, 8), gpu(1, 8))
     result = checked("model=wan2.1_t2v_14b", "parallelism=auto", devices=devices)

@@ -78,6 +78,17 @@ def test_a_checkpoint_counts_by_size_and_time(tmp_path):
     )
 
 
+@pytest.mark.parametrize("asked", ["", "transformer", "transformer/model.safetensors.index.json"])
+def test_every_file_of_a_checkpoint_counts(tmp_path, asked):
+    shard = tmp_path / "transformer" / "model-00001-of-00001.safetensors"
+    shard.parent.mkdir()
+    shard.write_bytes(b"12345")
+    (shard.parent / "model.safetensors.index.json").write_text("{}")
+    one = fingerprint.checkpoint_identity(str(tmp_path / asked))
+    shard.write_bytes(b"123456")
+    assert fingerprint.checkpoint_identity(str(tmp_path / asked)) != one
+
+
 def test_a_forecast_is_of_the_planner():
     forecast = Forecaster()
     small, large = forecast(compose_run()), forecast(compose_run("video.num_frames=81"))

@@ -133,12 +133,14 @@ class TelemetrySampler:
             self._thread = None
             self._nvml.nvmlShutdown()
 
-    def of(self, devices: Sequence[Device]) -> "TelemetrySampler":
-        """What was sampled of some of its devices, where runs beside each other share a sampler."""
+    def of(self, devices: Sequence[Device], begin: float, end: float) -> "TelemetrySampler":
+        """What was sampled of some of its devices from `begin` to `end`, where runs share a sampler."""
         part, labels = copy.copy(self), {device.label for device in devices}
         part._devices = [device for device in self._devices if device.label in labels]
         part._series = {
-            name: samples for name, samples in self._series.items() if name.partition("/")[0] in labels
+            name: [(t, value) for t, value in samples if begin <= t <= end]
+            for name, samples in self._series.items()
+            if name.partition("/")[0] in labels
         }
         part._foreign = {key: process for key, process in self._foreign.items() if key[0] in labels}
         return part

@@ -30,7 +30,6 @@ MIN_SCATTER = 5
 MAX_SPREAD = 1.5  # of an interval of a ratio, high over low: one that is wider, and unclear, says nothing
 RESAMPLES = 2000
 SEED = 20261122
-VERDICTS = ("faster", "slower", "same", "unclear")
 
 
 @dataclass(frozen=True)

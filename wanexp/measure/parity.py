@@ -53,15 +53,23 @@ def read_answer(folder: Path) -> dict[str, Tensor]:
 
 
 def blocks_to_verify(
-    verify: str, *, num_blocks: int, outer_bytes: int, block_bytes: int, device_bytes: int, reference_s: float
+    verify: str,
+    *,
+    num_blocks: int,
+    outer_bytes: int,
+    block_bytes: int,
+    other_bytes: int,
+    device_bytes: int,
+    reference_s: float,
 ) -> int:
     """How many of the first blocks the reference runs: all of them, or under `auto` as many as fit and cost a minute.
 
-    outer_bytes, block_bytes: weights outside the blocks, and of one block. device_bytes: memory of the device that
-    runs the reference. reference_s: predicted seconds of the whole reference, loading included.
+    outer_bytes, block_bytes: weights outside the blocks, and of one block. other_bytes: what the reference needs
+    beside weights. device_bytes: memory of the device that runs it. reference_s: predicted seconds of the whole
+    reference, loading included.
     """
     if verify == "always":
         return num_blocks
-    fit = int((device_bytes * FREE_SHARE - outer_bytes) // block_bytes)
+    fit = int((device_bytes * FREE_SHARE - other_bytes - outer_bytes) // block_bytes)
     quick = int(num_blocks * AUTO_BUDGET_S / reference_s) if reference_s > AUTO_BUDGET_S else num_blocks
     return max(1, min(num_blocks, fit, quick))

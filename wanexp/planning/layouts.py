@@ -52,7 +52,10 @@ def layouts(devices: Sequence[Device]) -> Iterator[tuple[ParallelismConfig, tupl
 
 
 def _products(num_gpus: int) -> Iterator[Layout]:
-    """Every vector of degrees with this product that no rule refuses, but for plain replicas."""
+    """Every vector of degrees with this product that no rule refuses, but for plain replicas.
+
+    Weights whole or in shards over all ranks: copies of fewer shards (HSDP) are for who asks for them.
+    """
     divisors = [degree for degree in range(1, num_gpus + 1) if num_gpus % degree == 0]
     for dp, cfg, ring, ulysses, tp, blocks in product(
         divisors, (1, 2), divisors, divisors, divisors, divisors

@@ -12,7 +12,7 @@ from wanexp.planning import activations
 from wanexp.planning.activations import Sizes
 from wanexp.planning.denoise_memory import denoise_heap
 from wanexp.planning.heap import MIB, Heap, reserved_bytes
-from wanexp.planning.plan import Plan, RankPlan
+from wanexp.planning.plan import Plan, RankPlan, reference_plan
 from wanexp.planning.sizes import input_bytes, sizes_of
 
 GIB = 1024**3
@@ -96,6 +96,14 @@ def _activations(config: RunConfig, plan: Plan, rank: RankPlan, position: int) -
     """Bytes that are live at the worst moment of a denoising step, and what the allocator reserves for them."""
     heap = denoise_heap(config, plan, rank, position)
     return heap.peak, reserved_bytes(heap.events)
+
+
+def reference_bytes(config: RunConfig, plan: Plan) -> int:
+    """What mode none needs beside weights on the first device of `plan`, computing the shares of a batch in turn."""
+    reference = reference_plan(plan, config.model.architecture.num_layers)
+    share = RankPlan(0, (0,), 0, max(plan.forward_batches))
+    heap = denoise_heap(config, reference, share, 0)
+    return heap.peak + workspace_bytes(plan.devices[0]) + context_bytes_of(reference, None)
 
 
 def workspace_bytes(device: Device) -> int:

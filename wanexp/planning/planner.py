@@ -1,4 +1,4 @@
-"""Which layout? Every legal one for the GPUs given is planned, judged and ranked. Pure.
+"""Which layout? Every one that `layouts` lists for the GPUs given is planned, judged and ranked. Pure.
 
     layouts -> plan, memory, time -> fits, or rejected with a sentence -> ranked by the objective
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wanexp.config import AUTO_MODE, DeviceProfile, RunConfig
-from wanexp.errors import LayoutError
+from wanexp.config import AUTO_MODE, DeviceProfile, ParallelismConfig, RunConfig
+from wanexp.errors import LayoutError, UserError
 from wanexp.hardware.devices import Device
 from wanexp.planning.advice import nearest_that_fits
 from wanexp.planning.candidates import Candidate, Planned
@@ -85,10 +85,16 @@ def preflight(
 ) -> Preflight:
     """Judge the run on `devices`; `found` are all that advice may use. host_free_bytes: as of `plan_layouts`.
 
-    Raises LayoutError where the mode does not suit these devices, this model or this batch.
+    Raises LayoutError where the mode does not suit these devices, this model or this batch, and UserError for degrees
+    beside `auto`, which chooses them.
     """
     profiles, note = [profile_of(device) for device in devices], ""
     if config.parallelism.mode == AUTO_MODE:
+        if written := written_settings(config.parallelism):
+            raise UserError(
+                f"parallelism=auto chooses the layout itself, and {written} would be lost; leave that out, or write "
+                "parallelism=hybrid with the degrees"
+            )
         planned = plan_layouts(config, devices, profiles, host_free_bytes=host_free_bytes)
         chosen, note = choose(planned), planned.note
         indices = [device.index for device in chosen.devices]
@@ -105,6 +111,17 @@ def preflight(
     if chosen.rejection and not config.force:
         advice = nearest_that_fits(config, found, [profile_of(device) for device in found])
     return Preflight(config, chosen, advice, note)
+
+
+def written_settings(parallelism: ParallelismConfig) -> str:
+    """What is not the default, the mode apart: such as `tp=2, pipeline=false`."""
+    default = ParallelismConfig(mode=parallelism.mode)
+    values = {
+        field.name: getattr(parallelism, field.name)
+        for field in dataclasses.fields(parallelism)
+        if getattr(parallelism, field.name) != getattr(default, field.name)
+    }
+    return ", ".join(f"parallelism.{name}={str(value).lower()}" for name, value in values.items())
 
 
 def choose(planned: Planned) -> Candidate:

@@ -1,5 +1,6 @@
 """The cells of a sweep: runs of one config, with the names and numbers that a reader compares."""
 
+import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -119,7 +120,7 @@ class Cell:
         """Median of a metric over the finished runs, over all runs where none finished."""
         runs = self.finished_runs or self.runs
         values = [float(v) for run in runs if (v := run.record.metrics.get(name)) is not None]
-        return sorted(values)[len(values) // 2] if values else None
+        return statistics.median(values) if values else None
 
     @property
     def peak_gib(self) -> float | None:

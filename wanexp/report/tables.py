@@ -131,7 +131,9 @@ def _peaks(cell: Cell) -> str:
 
 def _parity(cell: Cell) -> str:
     value = cell.metric("parity/rel_l2")
-    return "" if value is None else "bit-equal" if value == 0 else f"{value:.2g}"
+    if not value:
+        return "" if value is None else "bit-equal"
+    return f"{value:.2g}" + ("" if cell.metric("parity/same_kernels") in (None, 1) else ", other kernels")
 
 
 def _loading(cell: Cell) -> str:

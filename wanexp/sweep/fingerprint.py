@@ -61,12 +61,23 @@ def hardware_identity(devices: "Sequence[Device]") -> list[Any]:
 
 
 def checkpoint_identity(checkpoint: str | None) -> list[Any]:
-    """Name, size and time of each file: reading tens of gigabytes to hash them would cost more than it tells."""
+    """Place, size and time of each file: reading tens of gigabytes to hash them would cost more than it tells.
+
+    Of a folder all safetensors files in it and below it (experts, diffusers' folders), of an index those beside it.
+    """
     if checkpoint is None:
         return []
-    path = Path(checkpoint)
-    files = sorted(path.glob("*.safetensors*")) if path.is_dir() else [path]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()]
+    path = Path(checkpoint).expanduser()
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        files = sorted(path.rglob("*.safetensors*"))
+    else:
+        files = [path, *(sorted(folder.glob("*.safetensors")) if path.suffix == ".json" else [])]
+    return [
+        [file.relative_to(folder).as_posix(), file.stat().st_size, file.stat().st_mtime_ns]
+        for file in files
+        if file.exists()
+    ]
 
 
 def _digest(content: bytes) -> str:
