@@ -11,10 +11,11 @@ and its answers are what the others' are compared with.
     python scripts/bench_layouts.py --counts 2,4,8 --layout all --budget-s 540 --out docs/results/scaling.md
     python scripts/bench_layouts.py --layout 'block_distribution_interleaved workload.batch_size=2' --out /tmp/two.md
 
---layout all takes every layout that the planner lists and that fits, hybrids included (weights whole or in shards
-over all ranks): what is predicted fastest, then each mode by name, then the products. Layouts of few GPUs run side by side, each on GPUs of its own. The predictions of all cells are
-written before anything runs (predictions.json in the folder). What --budget-s leaves no time for, and cases whose step
-is predicted longer than --max-step-s, are left out and listed. --dry-run says what would run, and for how long.
+--layout all takes every layout that the planner lists and that fits, hybrids included (weights whole or in shards over
+all ranks): what is predicted fastest, then each mode by name, then the products. Layouts of few GPUs run side by side,
+each on GPUs of its own. The predictions of all cells are written before anything runs (predictions.json in the folder).
+What --budget-s leaves no time for, and cases whose step is predicted longer than --max-step-s, are left out and listed.
+--dry-run says what would run, and for how long.
 
 The folder imports (scripts/import_records.py) and reports (scripts/report.py) as a sweep.
 

@@ -114,8 +114,8 @@ def choose_cells(
 ) -> tuple[list[Cell], list[tuple[Cell, Case]]]:
     """The cells in the order in which they run, and the cases that are left out of one for the length of their steps.
 
-    `all`: every layout that the planner lists and that fits. What is predicted fastest on each count comes first, then each mode by name,
-    then the products; within that the most GPUs first, and the fastest.
+    `all`: every layout that the planner lists and that fits. What is predicted fastest on each count comes first, then
+    each mode by name, then the products; within that the most GPUs first, and the fastest.
     """
     ordered: list[tuple[tuple[int, int], Cell]] = []
     for count in counts:
