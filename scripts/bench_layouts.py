@@ -419,7 +419,8 @@ def finish_record(
         own = telemetry.of(job.plan.devices, begin, end)  # cases share a launch, mode none on each GPU too
         take_telemetry(record, job.config, own, launched)
         record.telemetry = own.series(begin)
-        compare(record, case, job, none_number)
+        if record.outcome == "finished":
+            compare(record, case, job, none_number)
     leave_out_what_is_not_finite(record)
     record.write(job.run_folder)
     return record

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests import faults
 from tests.conftest import CLIP, PER_TOKEN, TWO_EXPERTS, Composer, cpu_devices
@@ -175,6 +177,20 @@ def test_a_run_from_a_checkpoint(execute, run_config, tmp_path, layout, shards, 
     assert record.requested["checkpoint"] == str(tmp_path / "checkpoint")
 
 
+def test_weights_that_give_nan_are_no_result(execute, run_config, tmp_path):
+    write_checkpoint(RandomWeights(run_config().model.architecture), tmp_path / "checkpoint")
+    (file,) = (tmp_path / "checkpoint").glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    next(tensor for name, tensor in tensors.items() if name.endswith("self_attn.q.weight")).fill_(math.nan)
+    save_file(tensors, file, metadata)
+    record = execute(*MODES["data_parallel"], f"checkpoint={tmp_path / 'checkpoint'}")
+    assert record.outcome == "failed"
+    assert record.message.startswith("the latents are not finite (nan or inf)")
+    assert "parity/rel_l2" not in record.metrics and len(record.samples["step_ms"]) == 3
+
+
 def test_a_checkpoint_of_another_model_is_a_user_error_before_any_launch(execute, run_config, tmp_path):
     weights = RandomWeights(run_config("model.architecture.num_layers=2").model.architecture)
     write_checkpoint(weights, tmp_path / "checkpoint")
@@ -266,7 +282,8 @@ def test_a_run_without_warm_up_says_what_its_first_step_has_in_it(execute):
 
 def test_a_loss_of_nan_is_kept_out_of_the_metrics(execute):
     record = execute("workload=train", "workload.learning_rate=1e30", "workload.num_warmup_steps=0")
-    assert record.outcome == "finished", record.message
+    assert record.outcome == "failed"
+    assert record.message.startswith("a loss is not finite (nan or inf)")
     assert record.samples["losses"][-1] is None and record.samples["losses"][0] is not None
     assert "train/loss" not in record.metrics
     assert any("train/loss" in warning for warning in record.warnings)

@@ -213,6 +213,7 @@ class RankRun:
             },
             "gather_stall_s": sum(ring.stall_s() for ring in rings) / total if rings else None,
             "losses": workload.losses if isinstance(workload, Train) else [],
+            "is_finite": workload.is_finite(),
             "memory": read_peaks(self.owned, self.devices, owned, peer_bytes=bytes_in_use()),
             "weight_gib": [number / GIB for number in self.owned_bytes(loaded)],
             "peak_rss_gib": peak_rss_gib(),

@@ -212,7 +212,7 @@ def execute(config: RunConfig, prepared: Prepared, record: Record, folder: Path,
         record.metrics |= prepared.preflight.predicted_metrics()
         record.metrics |= prepared.preflight.error_metrics(record.metrics)
         take_telemetry(record, config, telemetry, launched)
-        if launched.outcome == "finished" and "parity_blocks" in launched.reports[0]:
+        if record.outcome == "finished" and "parity_blocks" in launched.reports[0]:
             compare_with_reference(record, job, launched.reports[0]["parity_blocks"], progress)
     leave_out_what_is_not_finite(record)
     record.artifacts = sorted(str(path.relative_to(folder)) for path in folder.glob("profile/*"))
@@ -257,6 +257,13 @@ def take_results(record: Record, config: RunConfig, prepared: Prepared, launched
         "rank_step_ms": {str(rank): [s * 1000 for s in times] for rank, times in launched.steps.items()},
     }
     if len(reports) == plan.layout.num_ranks:
+        if not all(report["is_finite"] for report in reports.values()):
+            what = "a loss is" if config.workload.name == "train" else "the latents are"
+            record.outcome = "failed"
+            record.message = (
+                f"{what} not finite (nan or inf), so times and answers mean nothing; look at the checkpoint, or write "
+                "precision=bf16 or precision=fp32"
+            )
         record.metrics |= run_metrics(config, plan, reports, peak_tflops=prepared.peak_tflops)
         first = reports[0]
         record.samples["forward_ms"] = [seconds * 1000 for seconds in first["forward_s"]]

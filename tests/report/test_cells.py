@@ -174,6 +174,37 @@ def test_what_varies_between_settings_alone_is_not_named() -> None:
     assert [c.label for c in cells_of(*records)] == ["none, 1 GPU"] * 2
 
 
+@pytest.mark.parametrize(
+    ("changed", "settings"),
+    [
+        (
+            {"video": {"name": "480p", "width": 832, "height": 480, "num_frames": 33}},
+            ["832x480x81", "832x480x33"],
+        ),
+        ({"workload": {"name": "denoise", "guidance_scale": [1.0]}}, ["guided", "not guided"]),
+        (
+            {"model": {"name": "wan2.1_t2v_14b", "guidance_scale": [5.0], "architecture": {"num_layers": 4}}},
+            ["num_layers=40", "num_layers=4"],
+        ),
+    ],
+)
+def test_other_work_under_the_same_names_is_another_setting(changed, settings) -> None:
+    whole = {"model": {"name": "wan2.1_t2v_14b", "guidance_scale": [5.0], "architecture": {"num_layers": 40}}}
+    records = [
+        record_of(mode, n, **what)
+        for what in (whole, whole | changed)
+        for mode, n in (("none", 1), ("fsdp", 2))
+    ]
+    cells = cells_of(*records)
+    assert [cell.setting for cell in cells] == [
+        f"wan2.1_t2v_14b 480p {text}" for text in settings for _ in range(2)
+    ]
+    assert [cell.label for cell in cells] == ["none, 1 GPU", "fsdp, 2 GPUs"] * 2
+    assert {cell.setting for cell in cells_of(*records[:2])} == {"wan2.1_t2v_14b 480p"}, (
+        "of one work nothing is said"
+    )
+
+
 def test_cells_of_one_name_are_told_apart_by_their_gpus() -> None:
     first, second = record_of("none", 1), record_of("none", 1, gpus=[1])
     second.effective["devices"][0]["label"] = "gpu1"

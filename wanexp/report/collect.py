@@ -96,6 +96,7 @@ def make_cells(runs: Iterable[Run], absent: Sequence[Mapping[str, Any]] = ()) ->
     for run in runs:
         groups.setdefault(identity(run.record), []).append(run)
     cells = [_cell_of(group) for group in groups.values()]
+    _split_settings(cells)
     _name_options(cells)
     settings = {cell.setting for cell in cells}
     setting = settings.pop() if len(settings) == 1 else ""
@@ -129,6 +130,33 @@ def setting_of(record: Record) -> str:
     """`wan2.1_t2v_14b 480p`, with the workload unless it is denoise."""
     names = [describe.group_name(record, group) for group in IN_TITLE]
     return " ".join(dict.fromkeys(name for name in names if name and name != "denoise")) or record.name
+
+
+def work_of(record: Record) -> dict[str, str]:
+    """How much a step computes, by parts: size of the video, architecture, forwards."""
+    flat = dict(describe.flatten(record.requested))
+    video = [flat.get(f"video.{name}") for name in ("width", "height", "num_frames")]
+    asked, usual = (describe.mapping(record.requested.get(group)) for group in ("workload", "model"))
+    scales = asked.get("guidance_scale") or usual.get("guidance_scale") or []
+    return {
+        "video": "x".join(map(str, video)),
+        "guidance": "guided" if any(scale > 1 for scale in scales) else "not guided",
+        **{
+            key.removeprefix("model.architecture."): f"{key.removeprefix('model.architecture.')}={value}"
+            for key, value in flat.items()
+            if key.startswith("model.architecture.")
+        },
+    }
+
+
+def _split_settings(cells: Sequence[Cell]) -> None:
+    """Cells of one model, video and workload by name are of several settings where overrides change the work."""
+    for setting in {cell.setting for cell in cells}:
+        alike = [cell for cell in cells if cell.setting == setting]
+        work = [work_of(cell.record) for cell in alike]
+        varying = _varying(work)
+        for cell, parts in zip(alike, work, strict=True):
+            cell.setting = " ".join([setting, *(text for name, text in parts.items() if name in varying)])
 
 
 def _cell_of(runs: list[Run]) -> Cell:

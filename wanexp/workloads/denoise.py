@@ -78,6 +78,10 @@ class Denoise:
             flow = uncond[0] + self.guidance[expert] * (flow - uncond[0])
         self.latent += (sigma_next - sigma) * flow
 
+    def is_finite(self) -> bool:
+        """Whether no NaN and no infinity has come up in the steps since pure noise."""
+        return bool(torch.isfinite(self.latent).all())
+
     def predict(self, expert: int, timestep: float) -> list[Tensor]:
         """The forwards of a step: predicted flows, fp32, the shape of the latent; with the prompt, then without."""
         contexts = [self.context[expert]]

@@ -5,6 +5,7 @@
 Each step uses the same drawn data and noise with a new sigma, so that losses of different layouts can be compared.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -62,6 +63,10 @@ class Train:
         self.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def is_finite(self) -> bool:
+        """Whether all losses are numbers."""
+        return all(map(math.isfinite, self.losses))
 
     def backward(self) -> None:
         """Loss and gradients of the whole share; adds the share's mean loss to `losses`."""
