@@ -28,7 +28,7 @@ def print_plan(config: RunConfig) -> None:
     host_free = _host_free_bytes(config)
     planned = plan_layouts(config, devices, profiles, host_free_bytes=host_free)
     planned = with_asked(planned, config, devices, profiles, host_free_bytes=host_free)
-    advice = "" if planned.winner else nearest_that_fits(config, devices, profiles)
+    advice = "" if planned.winner else nearest_that_fits(config, devices, profiles, host_free_bytes=host_free)
     if config.plan_json:
         print(json.dumps(planned.summary() | {"advice": advice or None}, indent=1))
         return

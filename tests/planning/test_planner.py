@@ -591,7 +591,8 @@ def test_advice_is_a_shorter_video_and_how_many_gpus_hold_all_of_it():
     config = composed("model=wan2.1_t2v_14b", "hardware=4x_rtx3080", "kernels=torch")
     devices = devices_to_plan(config)
     assert nearest_that_fits(config, devices, [None] * 4, host_free_bytes=0) == (
-        "write precision=fp8_weight parallelism=tensor_parallel 'gpus=[0,1,2,3]' (lossy: weights in 8 bits); "
+        "write precision=fp8_weight parallelism=hybrid parallelism.cfg=1 parallelism.ring=2 parallelism.ulysses=1 "
+        "parallelism.tp=2 'gpus=[0,1,2,3]' (lossy: weights in 8 bits); "
         "write video.num_frames=53 parallelism=block_distribution parallelism.block_placement=interleaved "
         "'gpus=[0,1,2,3]'; "
         "block_distribution over 5 such GPUs would hold all of it"

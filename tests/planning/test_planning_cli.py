@@ -11,8 +11,10 @@ import pytest
 from tests.planning.test_planner import composed
 from wanexp import plan_task
 from wanexp.record import Record, read_record
+from wanexp.terminal.plan_table import not_by_default
 
 ROOT = Path(__file__).resolve().parents[2]
+PRECISIONS = ("fp16", "fp32", "fp8", "fp8_weight", "int8_weight")
 
 
 def wanexp(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -40,7 +42,7 @@ def test_a_plan_needs_no_gpu_and_leaves_no_run(tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     assert "4 x NVIDIA GeForce RTX 3080, 10.0 GiB free" in done.stdout
     assert "none: needs 30.2 GiB on gpu0, 10.0 free" in done.stdout
-    assert "write video.num_frames=53 parallelism=block_distribution" in done.stdout
+    assert "Would fit     write offload=block_swap parallelism=hybrid parallelism.ring=2" in done.stdout
     assert not list((tmp_path / "multirun" / "runs").iterdir())
 
 
@@ -58,6 +60,58 @@ def test_a_plan_as_json(tmp_path):
         "block_distribution x 2",
         "block_distribution x 2, interleaved 20",
     }
+
+
+def test_a_plan_says_what_is_swapped_and_repeats_it_to_be_pasted(capsys, monkeypatch):
+    words = ("task=plan", "model=wan2.1_t2v_14b", "hardware=1x_rtx4090", "offload=block_swap")
+    monkeypatch.setenv("COLUMNS", "120")
+    plan_task.print_plan(composed(*words))
+    out = capsys.readouterr().out
+    assert "on host" in out and "10 blocks, 6.5 GiB" in out
+    assert "Settings      offload=block_swap" in out
+    assert "Best for latency  offload=block_swap parallelism=none 'gpus=[0]'" in out
+    plan_task.print_plan(composed(*words, "plan_json=true"))
+    (row,) = json.loads(capsys.readouterr().out)["layouts"]
+    assert row["swapped_blocks"] == 10 and row["host_gib"] == pytest.approx(10 * 0.6545, abs=0.01)
+
+
+def test_a_plan_with_block_swap_fits_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = ("task=plan", "model=wan2.1_t2v_14b", "hardware=2x_rtx3080", "offload=block_swap")
+    plan_task.print_plan(composed(*words, "parallelism=tensor_parallel"))
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.rstrip().endswith("asked for"))
+    assert "21, 13.7 GiB" in row and len(row) <= 80
+
+
+def test_a_plan_of_defaults_says_nothing_of_the_host(capsys):
+    plan_task.print_plan(composed("task=plan", "model=wan2.1_t2v_14b", "hardware=1x_h200"))
+    out = capsys.readouterr().out
+    assert "on host" not in out and "Settings" not in out and "Ranked by" not in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "written"),
+    [
+        ([], ""),
+        (["precision=bf16", "offload=none", "workload.guidance_scale=[5]"], ""),
+        *((words, " ".join(words)) for words in ([f"precision={name}"] for name in PRECISIONS)),
+        (["offload=block_swap", "offload.blocks=7", "offload.buffers=3"], None),
+        (["precision.linear=int8_weight", "precision.residual_fp32=true"], None),
+        (["precision=fp8", "precision.linear=dtype"], None),
+        (["workload.guidance_scale=[1]"], "'workload.guidance_scale=[1]'"),
+        (["workload=train", "workload.guidance_scale=[1]"], ""),
+    ],
+)
+def test_settings_that_are_not_the_default(overrides, written):
+    written = " ".join(overrides) if written is None else written
+    assert not_by_default(composed(*overrides)) == written
+
+
+def test_a_plan_of_training_says_what_it_ranks_by(capsys):
+    plan_task.print_plan(composed("task=plan", "hardware=4x_rtx3080", "workload=train"))
+    out = capsys.readouterr().out
+    assert "Ranked by     throughput: in training nobody waits for one sample" in out
+    assert "Best for throughput  parallelism=distributed" in out
 
 
 def test_a_plan_is_no_cell_of_a_sweep(tmp_path):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wanexp.config import ParallelismConfig
+from wanexp.config import ParallelismConfig, RunConfig
 from wanexp.hardware.devices import Device
 from wanexp.planning.layouts import BUYS, layout_name, layout_settings
 from wanexp.planning.memory import GIB, DeviceMemory
@@ -82,6 +82,8 @@ class Candidate:
             "rejection": self.rejection or None,
             "batch_size": self.plan.batch_size if self.plan else None,
             "needed_gib": self.needed_bytes / GIB if self.memory else None,
+            "swapped_blocks": len(self.plan.swapped) if self.plan else None,
+            "host_gib": self.host_bytes / GIB if self.plan else None,
             "devices": [
                 {"device": device.label, "free_gib": device.free_bytes / GIB, **memory.summary()}
                 for device, memory in zip(self.devices, self.memory, strict=False)
@@ -153,6 +155,16 @@ class Planned:
             "note": self.note or None,
             "layouts": rows,
         }
+
+
+def objective_of(config: RunConfig) -> str:
+    """What layouts are ranked by: `objective`, but throughput for latency where the workload is training.
+
+    There nobody waits for one sample: by the seconds of a step two GPUs that split the blocks of one sample would come
+    before four that train on four.
+    """
+    is_training = config.workload.name == "train"
+    return "throughput" if is_training and config.objective == "latency" else config.objective
 
 
 def in_order(candidates: Sequence[Candidate], objective: str) -> tuple[Candidate, ...]:

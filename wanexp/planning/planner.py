@@ -12,7 +12,7 @@ from wanexp.config import AUTO_MODE, DeviceProfile, HardwareConfig, ParallelismC
 from wanexp.errors import LayoutError, UserError
 from wanexp.hardware.devices import Device
 from wanexp.parallel.layout import split_by_weight
-from wanexp.planning.candidates import Candidate, Planned, in_order
+from wanexp.planning.candidates import Candidate, Planned, in_order, objective_of
 from wanexp.planning.layouts import layouts, with_degrees
 from wanexp.planning.memory import GIB, DeviceMemory, predict_memory
 from wanexp.planning.plan import Plan, make_plan
@@ -30,6 +30,8 @@ def plan_layouts(
     host_free_bytes: int | None = None,
 ) -> Planned:
     """Judge every layout for `config` on `devices`, and rank them. The config's own parallelism is not looked at.
+
+    Ranked by `config.objective`; training by throughput where that is latency (`objective_of`).
 
     host_free_bytes: of the host's memory, for swapped blocks; None where nobody knows.
     """
@@ -58,7 +60,8 @@ def plan_layouts(
         if candidates[0].rejection and (split := fitted_split(candidate)):
             fitted = judged(dataclasses.replace(parallelism, block_split=split))
             candidates += [] if fitted.rejection else [fitted]
-    return Planned(config.objective, in_order(candidates, config.objective))
+    objective = objective_of(config)
+    return Planned(objective, in_order(candidates, objective))
 
 
 def with_asked(

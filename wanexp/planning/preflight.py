@@ -88,7 +88,7 @@ def preflight(
     Raises LayoutError where the mode does not suit these devices, this model or this batch, and UserError for degrees
     beside `auto`, which chooses them.
     """
-    profiles, note = [profile_of(device) for device in devices], ""
+    profiles, note, asked = [profile_of(device) for device in devices], "", config
     if config.parallelism.mode == AUTO_MODE:
         if written := written_settings(config.parallelism):
             raise UserError(
@@ -109,7 +109,8 @@ def preflight(
         config = dataclasses.replace(config, offload=offload)
     advice = ""
     if chosen.rejection and not config.force:
-        advice = nearest_that_fits(config, found, [profile_of(device) for device in found])
+        known = [profile_of(device) for device in found]
+        advice = nearest_that_fits(asked, found, known, host_free_bytes=host_free_bytes)
     return Preflight(config, chosen, advice, note)
 
 

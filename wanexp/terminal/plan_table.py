@@ -6,12 +6,13 @@ from rich.text import Text
 
 from wanexp.config import RunConfig
 from wanexp.hardware.devices import Device
+from wanexp.offload.sizes import LINEARS
 from wanexp.planning.candidates import Candidate, Planned
 from wanexp.planning.layouts import BUYS
 from wanexp.terminal.console import TOO_LARGE_ON_CPU, Console
 from wanexp.terminal.start_card import GIB
 from wanexp.terminal.tables import LABEL_WIDTH, facts, plain_table
-from wanexp.workloads.sizes import num_tokens
+from wanexp.workloads.sizes import guidance_of, num_tokens
 
 ROOM_FOR_BUYS = 110  # columns of a terminal that show what a layout buys, too
 SMALLER = "take a smaller video, batch or model"
@@ -36,11 +37,20 @@ def print_plan_table(
     described.add_row(
         "Devices", f"{len(devices)} x {names}, {memory} GiB free" + ("" if on_gpu else " for all")
     )
+    written = not_by_default(config)
+    if written:
+        described.add_row("Settings", written)
+    if planned.objective != config.objective:
+        described.add_row("Ranked by", f"{planned.objective}: in training nobody waits for one sample")
     screen.print(described)
     screen.print()
     shown = planned.digest()
-    columns = ["layout", "buys", "needs GiB", "step ms", "speed-up", "verdict"]
-    if screen.width < ROOM_FOR_BUYS:
+    swaps = any(candidate.host_bytes for candidate in shown)
+    columns = ["layout", "buys", "needs GiB", "on host", "step ms", "speed-up", "verdict"]
+    if not swaps:
+        columns.remove("on host")
+    has_room = screen.width >= ROOM_FOR_BUYS
+    if not has_room:
         columns.remove("buys")
     table = plain_table()
     for name in columns:
@@ -53,7 +63,7 @@ def print_plan_table(
             min_width=18 if name == "layout" else None,
         )
     for candidate in shown:
-        row = _plan_row(planned, candidate)
+        row = _plan_row(planned, candidate, has_room=has_room)
         table.add_row(*(row[name] for name in columns))
     screen.print(table)
     screen.print()
@@ -71,17 +81,23 @@ def print_plan_table(
     each = ", one sample each" if config.workload.batch_size is None else ""
     screen.print(
         f"needs GiB: predicted peak of {of_what}. speed-up: over mode none; of replicas in samples a second{each}."
+        + (" on host: blocks that each process swaps, and the host's memory that this takes in all." * swaps)
     )
     winner, asked = planned.winner, planned.asked
     rows = []
     if winner:
-        rows.append(("Ranked first" if planned.note else f"Best for {planned.objective}", winner.settings))
+        rows.append(
+            (
+                "Ranked first" if planned.note else f"Best for {planned.objective}",
+                f"{written} {winner.settings}".lstrip(),
+            )
+        )
     elif advice:
         rows.append(("Would fit", advice))
     else:
         rows.append(("Nothing fits", SMALLER if on_gpu else TOO_LARGE_ON_CPU))
     if asked and not asked.rejection:
-        rows.append(("Asked for", asked.settings))
+        rows.append(("Asked for", f"{written} {asked.settings}".lstrip()))
     width = max(LABEL_WIDTH, *(len(name) for name, _ in rows))
     for name, value in rows:  # never wrapped, to be copied
         screen.print(Text.assemble((f"{name:<{width}}", "bold"), f"  {value}"), soft_wrap=True)
@@ -89,8 +105,29 @@ def print_plan_table(
         screen.print(Text.assemble(("Note", "bold"), f"{'':<{width - 2}}{planned.note}"))
 
 
-def _plan_row(planned: Planned, candidate: Candidate) -> dict[str, Text]:
+def not_by_default(config: RunConfig) -> str:
+    """What of offload, precision and guidance is not the default, as overrides; they decide what fits, and how fast."""
+    offload, precision = config.offload, config.precision
+    usual_blocks = "auto" if offload.name == "block_swap" else "0"
+    usual_linear = precision.name if precision.name in LINEARS else "dtype"
+    has_guidance = config.workload.name == "denoise" and guidance_of(config) != config.model.guidance_scale
+    scales = ",".join(f"{scale:g}" for scale in guidance_of(config))
+    overrides = (
+        (offload.name != "none", f"offload={offload.name}"),
+        (offload.blocks != usual_blocks, f"offload.blocks={offload.blocks}"),
+        (offload.buffers != 2, f"offload.buffers={offload.buffers}"),
+        (precision.name != "bf16", f"precision={precision.name}"),
+        (precision.linear != usual_linear, f"precision.linear={precision.linear}"),
+        (precision.residual_fp32, "precision.residual_fp32=true"),
+        (has_guidance, f"'workload.guidance_scale=[{scales}]'"),
+    )
+    return " ".join(text for is_written, text in overrides if is_written)
+
+
+def _plan_row(planned: Planned, candidate: Candidate, *, has_room: bool) -> dict[str, Text]:
     needs = f"{candidate.needed_bytes / GIB:.1f}" if candidate.memory else ""
+    swapped = len(candidate.plan.swapped) if candidate.plan else 0
+    blocks = f"{swapped} blocks" if has_room else swapped
     time = candidate.time if candidate.time and candidate.time.is_known else None
     speedup = planned.speedup(candidate)
     best = "first" if planned.note else "best"
@@ -100,6 +137,7 @@ def _plan_row(planned: Planned, candidate: Candidate) -> dict[str, Text]:
         "layout": Text(candidate.name),
         "buys": Text(BUYS[candidate.parallelism.mode]),
         "needs GiB": Text(needs),
+        "on host": Text(f"{blocks}, {candidate.host_bytes / GIB:.1f} GiB" if swapped else ""),
         "step ms": Text(f"{time.step_s * 1000:,.0f}" if time else "?"),
         "speed-up": Text(f"{speedup:.2f}x" if speedup else "?"),
         "verdict": Text(verdict, style="yellow" if candidate.rejection else "green"),
