@@ -10,6 +10,7 @@ folders under --out.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from own_python import ROOT, use_own_python
 
 use_own_python()
 
+import torch
 import yaml
 
 from wanexp.errors import UserError
@@ -41,6 +43,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         model = read_model(args.model)
+        check_device(args.device)
         files = write_model(
             WanArchitecture(**model["architecture"]),
             args.out,
@@ -71,6 +74,16 @@ def read_model(name: str) -> dict[str, Any]:
     if name not in names:
         raise UserError(f"unknown model {name!r}; choose one of {', '.join(names)}")
     return yaml.safe_load((MODELS / f"{name}.yaml").read_text())
+
+
+def check_device(name: str) -> None:
+    """Raises UserError for a device that torch does not know or find."""
+    if not (found := re.fullmatch(r"cpu|cuda(?::([0-9]+))?", name)):
+        raise UserError(f"--device is {name!r}; write cpu or cuda:0")
+    count = torch.cuda.device_count()
+    if name != "cpu" and int(found[1] or 0) >= count:
+        choices = " or ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
+        raise UserError(f"--device is {name!r} and torch finds {count} CUDA devices; write {choices}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Repeat a run from its record: scripts/rerun.py multirun/runs/<run>/record.json (see --help)."""
+"""Repeat a run from its record: scripts/rerun.py multirun/runs/<run>/record.json [key=value ...] (see --help)."""
 
 import sys
 

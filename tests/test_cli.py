@@ -1,5 +1,6 @@
 """The command line: help, composing, the line of each user error, exit codes. The runner is replaced here."""
 
+import errno
 import json
 import os
 import re
@@ -162,7 +163,23 @@ ERRORS = [
     (["model=tiny,wan2.1_t2v_14b"], "names several values; add -m to sweep over them"),
     (["gpus=[0"], "gpus=[0 cannot be read"),
     (["verify"], "'verify' is not of the form key=value; write verify=VALUE"),
-    (["model=null"], "a config group is set to something else than a name"),
+    (["model=null"], "model 'null' does not exist; write one of: tiny, wan2.1_flf2v_14b"),
+    (["workload=5"], "workload '5' does not exist; write one of: denoise, train"),
+    (["-m", "model=null,tiny"], "a config group is set to something else than a name"),
+    (["gpus={a:1}"], "gpus is '{a:1}'; write a list such as [0,1] or null"),
+    (["model.guidance_scale={a:1}"], "model.guidance_scale is '{a:1}'; write a list such as [5.0]"),
+    (["parallelism.block_split=4"], "parallelism.block_split is '4'; write a list such as [4,4] or null"),
+    (["limits=5"], "limits is '5' and holds several keys; write limits.run_s=VALUE (keys: run_s, stall_s)"),
+    (["limits=null"], "limits is 'null' and holds several keys; write limits.run_s=VALUE"),
+    (["~parallelism"], "error: parallelism.mode has no value; write parallelism=NAME"),
+    (["gpus=0,1"], "add -m to sweep over them, or write a list: 'gpus=[0,1]'"),
+    (["gpus=[0,1],[0,1,2,3]"], "names several values; add -m to sweep over them, or write one of them\n"),
+    (["seed=range(1,3)"], "names several values; add -m to sweep over them, or write one of them\n"),
+    (["task=plan", "seed=1,2"], "seed=1,2 names several values, and task=plan prints one plan; write one of"),
+    (
+        ["-m", "sweep_name=a,b"],
+        "sweep_name has several values; a sweep has one folder: write sweep_name=NAME",
+    ),
     (["hardware.device.memory_gib=24"], "hardware.device is null here; write +hardware/device=NAME first"),
     (["--config-dir=nowhere"], "nowhere' not found"),
     (["--config-name=other"], "Cannot find primary config 'other'"),
@@ -191,6 +208,42 @@ def test_a_user_error_is_one_line_on_stderr_and_code_2(cli, runner, arguments, p
     assert not [path for path in (tmp_path / "multirun").rglob("*") if path.is_file()], (
         "leaves no file behind"
     )
+
+
+@pytest.mark.parametrize("folder", ["/proc/x", "file", "file/x", "x" * 300])
+@pytest.mark.parametrize("arguments", [["hydra.run.dir="], ["-m", "seed=1,2", "hydra.sweep.dir="]])
+def test_a_folder_that_cannot_be_written_is_one_line(cli, runner, tmp_path, folder, arguments):
+    (tmp_path / "file").touch()
+    code, out, err = cli(*arguments[:-1], arguments[-1] + folder)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("error: cannot write ") and f"{folder}: " in err
+    assert err.endswith(f"; run where you may write, or set {arguments[-1]}FOLDER\n")
+    assert not runner.calls
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "code", "line"),
+    [
+        (
+            errno.EACCES,
+            "/x",
+            2,
+            "cannot write /x: Permission denied; run where you may write, or set hydra.run",
+        ),
+        (errno.EROFS, "/x", 2, "cannot write /x: Read-only file system; run where you may write"),
+        (errno.ENOSPC, "/x", 1, "cannot write /x: No space left on device\n"),
+        (errno.ENOSPC, None, 1, "cannot write the run's folder: No space left on device\n"),
+        (errno.EACCES, __file__, 2, f"cannot read {__file__}: Permission denied; make it readable\n"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(cli, monkeypatch, number, name, code, line):
+    def refuse() -> None:
+        raise OSError(number, os.strerror(number), name)
+
+    monkeypatch.setattr(program, "_run_hydra", refuse)
+    monkeypatch.setattr(program.os, "access", lambda _path, mode: mode == os.F_OK)
+    found, _, err = cli()
+    assert found == code and err.startswith(f"error: {line}") and err.count("\n") == 1
 
 
 @pytest.mark.skipif(find_spec("submitit") is not None, reason="it is installed")

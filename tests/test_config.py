@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from wanexp.config import MODES, WORKLOADS, RunConfig, conf_dir, register, to_dict
-from wanexp.config_keys import unknown_key_message
+from wanexp.config_keys import LIST_EXAMPLES, unknown_key_message
 from wanexp.config_reading import run_config_from_dict, to_run_config
 from wanexp.errors import UserError
 
@@ -215,6 +215,21 @@ def test_the_mlperf_experiment_is_the_benchmark():
         ("model.architecture.clip_tokens=5", "model.architecture.clip_tokens is 5; write 0"),
         ("~model", "model.name has no value"),
         ("seed=${nope}", "seed: Interpolation key 'nope' not found"),
+        ("gpus=[[0,1],[0,1,2,3]]", "gpus is [[0, 1], [0, 1, 2, 3]]; write plain numbers, such as gpus=[0,1]"),
+        ("gpus=[{a:1}]", "gpus is [{'a': 1}]; write plain numbers"),
+        ("parallelism.block_split=[[4],[4]]", "such as parallelism.block_split=[4,4]"),
+        ("model.vae_stride=[[4],8,8]", "such as model.vae_stride=[4,8,8]"),
+        ("workload.guidance_scale=[[5]]", "such as workload.guidance_scale=[5.0]"),
+        ("model.guidance_scale=[[5]]", "such as model.guidance_scale=[5.0]"),
+        ("workload.guidance_scale=[-5]", "workload.guidance_scale has -5.0; write 0 or more"),
+        ("model.guidance_scale=[-5]", "model.guidance_scale has -5.0; write 0 or more"),
+        ("ffn_chunks=289", "ffn_chunks is 289; write 288 (the video's tokens) or less"),
+        (
+            "offload.blocks=3",
+            "offload.blocks is 3 with offload=none; write offload=block_swap offload.blocks=3",
+        ),
+        ("tracking.experiment=", "tracking.experiment is empty; write a name"),
+        ("~video", "video.height has no value; write video=NAME"),
         ("+gpu=[0]", "gpu does not exist (did you mean gpus?); keys: model, hardware"),
         (
             "+workload.num_step=3",
@@ -226,6 +241,28 @@ def test_refusals_name_what_is_wrong_and_what_to_write(overrides, parts):
     message = refusal(*overrides.split(" "))
     for part in parts.split("|"):
         assert part in message
+
+
+def test_what_comes_close_to_a_refusal_is_taken():
+    config = composed(
+        "workload.guidance_scale=[0]", "ffn_chunks=288", "offload=block_swap", "offload.blocks=3"
+    )
+    assert (config.workload.guidance_scale, config.ffn_chunks, config.offload.blocks) == ([0.0], 288, "3")
+
+
+def test_every_key_that_takes_a_list_has_an_example_that_composes():
+    keys = {
+        f"{group.name}.{item.name}" if group else item.name
+        for group in (None, *(item for item in dataclasses.fields(RunConfig) if is_group(item)))
+        for item in dataclasses.fields(RunConfig if group is None else group.default_factory)
+        if "list[" in str(item.type)
+    }
+    assert keys == set(LIST_EXAMPLES)
+    composed("hardware=cpu", *(f"{key}={example}" for key, example in LIST_EXAMPLES.items()))
+
+
+def is_group(item: dataclasses.Field) -> bool:
+    return dataclasses.is_dataclass(item.default_factory)
 
 
 def test_one_guidance_scale_serves_both_experts():

@@ -1,5 +1,6 @@
 """Real runs through wanexp.runner.run, with real processes and logical devices: outcomes, records, parity."""
 
+import errno
 import json
 import math
 from dataclasses import asdict
@@ -394,3 +395,24 @@ def test_a_mistake_of_our_own_leaves_its_record_too(run_config: Composer, tmp_pa
     assert (kept.outcome, kept.message) == ("failed", "RuntimeError: a bug")
     assert "in broken" in kept.error["traceback"]
     assert "wanexp itself failed (RuntimeError)" in capsys.readouterr().out
+
+
+def test_a_full_disk_costs_the_record_and_not_the_end_table(run_config, tmp_path, monkeypatch, capsys):
+    def write(record: Record, folder: Path) -> Path:
+        (folder / "record.json.partial").touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def execute(_config, _prepared, record: Record, *_) -> None:
+        record.outcome, record.metrics = "finished", {"latency/step_ms": 12.5}
+
+    monkeypatch.setattr(Record, "write", write)
+    monkeypatch.setattr("wanexp.runner.execute", execute)
+    record = run(run_config(), folder=tmp_path)
+    out, err = capsys.readouterr()
+    assert "finished" in out and "12.50 ms" in out
+    line = f"cannot write {tmp_path}/record.json: No space left on device"
+    assert err == f"error: {line}; the numbers above are not kept\n"
+    assert (record.outcome, record.message, record.exit_code()) == ("failed", line, 1)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="No space left"):  # a sweep stops
+        run(run_config(), folder=tmp_path, sweep=SweepCell("a_sweep", 0, 2))

@@ -4,6 +4,7 @@
 needs is imported here, so that --help and --cfg answer at once.
 """
 
+import errno
 import io
 import os
 import shutil
@@ -43,6 +44,17 @@ OPTIONS_WITH_VALUE = {
     "-cd",
 }
 
+# What the system says of a folder that cannot be the run's
+UNWRITABLE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+}
+
 
 def main() -> int:
     """Run the command line in `sys.argv` and return the exit code."""
@@ -63,10 +75,9 @@ def main() -> int:
     except Exception as error:  # of composing, or of a sweep that cannot start
         if SweepLauncher.current is not None:
             SweepLauncher.current.discard()
-        message = None if wants_traceback else explain(error)
+        message = None if wants_traceback else explain(error, sys.argv[1:])
         if message is None and isinstance(error, OSError) and not wants_traceback:  # such as a full disk
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+            return _system_error(error)
         return _user_error(error, message)
     if failure is not None:  # of the run, where any other error is our own mistake
         is_user_error = isinstance(failure, UserError) and not wants_traceback
@@ -104,6 +115,25 @@ def _user_error(error: Exception, message: str | None) -> int:
         raise error
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def _system_error(error: OSError) -> int:
+    """Print what the system refused: code 2 where another folder helps, 1 for any other, such as a full disk."""
+    place, reason = error.filename or "the run's folder", error.strerror or error
+    if os.access(place, os.F_OK) and Path(place).is_file() and not os.access(place, os.R_OK):  # a config file
+        print(f"error: cannot read {place}: {reason}; make it readable", file=sys.stderr)
+        return 2
+    if error.errno in UNWRITABLE:
+        is_sweep = any(
+            argument in ("-m", "--multirun") or argument.startswith("+sweep=") for argument in sys.argv
+        )
+        key = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
+        advice = f"run where you may write, or set {key}=FOLDER"
+        print(f"error: cannot write {place}: {reason}; {advice}", file=sys.stderr)
+        return 2
+    what = f"cannot write {place}: {reason}" if error.errno == errno.ENOSPC else error
+    print(f"error: {what}", file=sys.stderr)
+    return 1
 
 
 def _run_hydra() -> tuple[int, Exception | None]:

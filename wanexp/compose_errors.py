@@ -5,20 +5,29 @@ becomes its own first line.
 """
 
 import re
+from collections.abc import Sequence
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf.errors import OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigTypeError, OmegaConfBaseException, ValidationError
 from yaml import MarkedYAMLError, YAMLError
 
-from wanexp.config import RunConfig
-from wanexp.config_keys import omegaconf_message, unknown_choice_message, unknown_key_message
+from wanexp.config import RunConfig, conf_dir
+from wanexp.config_keys import (
+    LIST_EXAMPLES,
+    group_message,
+    missing_message,
+    omegaconf_message,
+    unknown_choice_message,
+    unknown_key_message,
+)
 from wanexp.errors import UserError
 
 _EXPECTED = {
@@ -26,13 +35,11 @@ _EXPECTED = {
     float: "a number",
     bool: "true or false",
     str: "a word",
-    list[int]: "a list such as [0,1]",
-    list[float]: "a list such as [5.0]",
 }
 
 
-def explain(error: BaseException) -> str | None:
-    """One line for an error the user caused, or None for any other."""
+def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
+    """One line for an error the user caused, or None for any other. arguments: the command line it came of."""
     if isinstance(error, UserError):
         return _one_line(str(error))
     if isinstance(error, MissingConfigException):
@@ -40,8 +47,10 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OverrideParseException):
         return _bad_syntax(error)
     if isinstance(error, ConfigCompositionException):
-        return _bad_composition(error)
+        return _bad_composition(error, arguments)
     if isinstance(error, OmegaConfBaseException):
+        if found := re.search(r"Missing mandatory value: (\S+)", str(error)):
+            return missing_message([found[1]])
         return _one_line(omegaconf_message(error))
     if isinstance(error, YAMLError):
         where = error.problem_mark if isinstance(error, MarkedYAMLError) else None
@@ -50,7 +59,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, AssertionError | AttributeError) and "NoneType" in str(error):
         return _below_null(error)
     if isinstance(error, ValueError) and "Config group override must be" in str(error):
-        return "a config group is set to something else than a name; write the name of one of its options"
+        return _no_name_of_a_group(arguments)
     if isinstance(error, HydraException | ValueError):
         return _one_line(_first_line(error))
     return None
@@ -79,7 +88,20 @@ def _bad_syntax(error: OverrideParseException) -> str:
     )
 
 
-def _bad_composition(error: ConfigCompositionException) -> str:
+def _no_name_of_a_group(arguments: Sequence[str]) -> str:
+    """Hydra says neither which group nor what it found."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        group = conf_dir() / key.lstrip("+").partition("@")[0]
+        if "=" in argument and key and not argument.startswith(("-", "~")) and group.is_dir():
+            override = OverridesParser.create().parse_override(argument)
+            if not override.is_sweep_override() and not isinstance(override.value(), str | list):
+                options = sorted(path.stem for path in group.glob("*.yaml"))
+                return unknown_choice_message(override.key_or_group, value, options)
+    return "a config group is set to something else than a name; write the name of one of its options"
+
+
+def _bad_composition(error: ConfigCompositionException, arguments: Sequence[str]) -> str:
     text, cause = str(error), error.__cause__
     if found := re.match(r"Could not override '(.+)'\. No match in the defaults list", text):
         wanted = _override_in(text) or f"{found[1]}=NAME"
@@ -91,14 +113,16 @@ def _bad_composition(error: ConfigCompositionException) -> str:
     if found := re.match(r"Multiple values for (\S+?)\. To override a value use 'override .*: (.*)'", text):
         key, name = found.groups()
         return f"{key} is chosen already; write {key}={name} without the plus (in a file: override /{key}: {name})"
-    if found := re.match(r"Ambiguous value for argument '(.+)'", text):
+    if found := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'", text):
         key, _, value = found[1].partition("=")
-        return (
-            f"{found[1]} names several values; add -m to sweep over them, or write a list: '{key}=[{value}]'"
-        )
+        is_flat = key.lstrip("+") in LIST_EXAMPLES and not re.search(r"[\[(]", value)
+        one = f"write a list: '{key}=[{value}]'" if is_flat else "write one of them"
+        if "task=plan" in arguments:  # which takes no -m
+            return f"{found[1]} names several values, and task=plan prints one plan; {one}"
+        return f"{found[1]} names several values; add -m to sweep over them, or {one}"
     if found := re.match(r"Error merging override (.*)", text):
         key, _, value = found[1].partition("=")
-        if isinstance(cause, ValidationError):
+        if isinstance(cause, ValidationError | ConfigTypeError):
             return _wrong_type(key.lstrip("+"), value, cause)
     if found := re.match(r"Could not override '([^']+)'", text):
         key = found[1]
@@ -112,9 +136,11 @@ def _bad_composition(error: ConfigCompositionException) -> str:
     return _one_line(_first_line(error))
 
 
-def _wrong_type(key: str, value: str, cause: ValidationError) -> str:
+def _wrong_type(key: str, value: str, cause: OmegaConfBaseException) -> str:
     if cause.full_key and key.startswith(f"{cause.full_key}."):
         return unknown_key_message(RunConfig, key)
+    if group := group_message(RunConfig, key, value):
+        return _one_line(group)
     expected = _expected(key)
     if expected is None:
         return _one_line(f"{key}={value}: {_first_line(cause)}")
@@ -144,7 +170,7 @@ def _expected(key: str) -> str | None:
     if NoneType in options:
         kind = next(option for option in options if option is not NoneType)
         or_null = " or null"
-    words = _EXPECTED.get(kind)
+    words = f"a list such as {LIST_EXAMPLES[key]}" if key in LIST_EXAMPLES else _EXPECTED.get(kind)
     return words + or_null if words else None
 
 

@@ -8,6 +8,14 @@ from typing import Any, get_args, get_type_hints
 
 from omegaconf.errors import OmegaConfBaseException
 
+LIST_EXAMPLES = {  # every key that takes a list, and a value that it takes
+    "gpus": "[0,1]",
+    "parallelism.block_split": "[4,4]",
+    "model.vae_stride": "[4,8,8]",
+    "model.guidance_scale": "[5.0]",
+    "workload.guidance_scale": "[5.0]",
+}
+
 
 def did_you_mean(found: object, valid: Iterable[str]) -> str:
     """` (did you mean X?)` where one of the valid words is close to the one found, else nothing."""
@@ -36,6 +44,27 @@ def unknown_key_message(schema: type, key: str) -> str:
             return f"{key} does not exist; {'.'.join(parts[: depth + 1])} is a single value"
         group = nested
     return f"{key} does not exist"
+
+
+def missing_message(missing: Sequence[str]) -> str:
+    """The line for keys without a value: where that of a whole group is not chosen, the group is what to write."""
+    group, _, name = missing[0].partition(".")
+    is_whole_group = not {f"{group}.name", f"{group}.mode"}.isdisjoint(missing)
+    wanted = f"{group}=NAME" if name and is_whole_group else f"{missing[0]}=VALUE"
+    return f"{missing[0]} has no value; write {wanted}"
+
+
+def group_message(schema: type, key: str, found: object) -> str | None:
+    """The line for a value in the place of a group of keys; None where `key` is no such group."""
+    group = schema
+    for part in key.split("."):
+        nested = _dataclass_of(group, part) if part in [item.name for item in fields(group)] else None
+        if nested is None:
+            return None
+        group = nested
+    names = [item.name for item in fields(group)]
+    keys = ", ".join(names)
+    return f"{key} is '{found}' and holds several keys; write {key}.{names[0]}=VALUE (keys: {keys})"
 
 
 def omegaconf_message(error: OmegaConfBaseException) -> str:
@@ -74,6 +103,18 @@ def unknown_keys(group: type, values: Mapping[str, Any], prefix: str = "") -> li
         elif nested and isinstance(value, Mapping):
             unknown += unknown_keys(nested, value, f"{prefix}{key}.")
     return unknown
+
+
+def nested_list(values: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """The first key of LIST_EXAMPLES with a list or a table inside of its list, and its value."""
+    for key in LIST_EXAMPLES:
+        value: Any = values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        items = value if isinstance(value, list | tuple) else ()
+        if any(isinstance(item, list | tuple | Mapping) for item in items):
+            return key, value
+    return None
 
 
 def leaves(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:

@@ -34,8 +34,11 @@ from wanexp.config import (
     VideoConfig,
 )
 from wanexp.config_keys import (
+    LIST_EXAMPLES,
     known_items,
     leaves,
+    missing_message,
+    nested_list,
     omegaconf_message,
     unknown_choice_message,
     unknown_key_message,
@@ -45,6 +48,7 @@ from wanexp.errors import UserError
 from wanexp.offload.sizes import LINEARS
 from wanexp.tracking.location import resolve_uri
 from wanexp.wan.architecture import PATCH_SIZE
+from wanexp.workloads.sizes import num_tokens
 
 
 def to_run_config(config: DictConfig) -> RunConfig:
@@ -52,7 +56,7 @@ def to_run_config(config: DictConfig) -> RunConfig:
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
-            raise UserError(f"{missing[0]} has no value; write {missing[0]}=VALUE")
+            raise UserError(missing_message(missing))
         container = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(omegaconf_message(error)) from error
@@ -69,6 +73,9 @@ def run_config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     Keys that this version does not know are ignored, those it misses take their defaults. Raises UserError.
     """
     known = known_items(RunConfig, values)
+    if nested := nested_list(known):
+        key, value = nested
+        raise UserError(f"{key} is {value}; write plain numbers, such as {key}={LIST_EXAMPLES[key]}")
     for key, value in leaves(known):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key} is {value}; write a finite number")
@@ -176,13 +183,22 @@ def _check(config: RunConfig) -> None:
                 )
     if config.offload.blocks != "auto" and not config.offload.blocks.isdecimal():
         raise UserError(f"offload.blocks is '{config.offload.blocks}'; write a number of blocks, or auto")
+    if config.offload.name == "none" and config.offload.blocks != "0":
+        raise UserError(
+            f"offload.blocks is {config.offload.blocks} with offload=none; write offload=block_swap "
+            f"offload.blocks={config.offload.blocks}"
+        )
     if config.checkpoint is not None and not config.checkpoint.strip():
         raise UserError("checkpoint is empty; write a path, or checkpoint=null for random weights")
     check_sweep_name(config.sweep_name)
+    if not config.tracking.experiment.strip():
+        raise UserError("tracking.experiment is empty; write a name, such as tracking.experiment=wanexp")
     if config.tracking.enabled and config.task == "run":
         resolve_uri(config.tracking.uri)  # what it refuses would be lost at the end of the run
     _check_model(model)
     _check_video(video, model)
+    if config.ffn_chunks > (tokens := num_tokens(model, video)):
+        raise UserError(f"ffn_chunks is {config.ffn_chunks}; write {tokens} (the video's tokens) or less")
     model.guidance_scale = _per_expert("model.guidance_scale", model.guidance_scale, model.num_experts)
     if workload.guidance_scale is not None:
         workload.guidance_scale = _per_expert(
@@ -240,6 +256,8 @@ def _check_video(video: VideoConfig, model: ModelConfig) -> None:
 
 
 def _per_expert(key: str, scales: list[float], num_experts: int) -> list[float]:
+    if scales and min(scales) < 0:
+        raise UserError(f"{key} has {min(scales)}; write 0 or more, such as {key}={LIST_EXAMPLES[key]}")
     if len(scales) == 1:
         return scales * num_experts
     if len(scales) != num_experts:

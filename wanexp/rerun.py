@@ -1,12 +1,20 @@
-"""Repeat a run from its record, with the same config, and compare the step times."""
+"""Repeat a run from its record, with the same config but for what is written after it, and compare the step times."""
 
 import argparse
+import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
+from hydra.errors import OverrideParseException
+
+from wanexp.compose_errors import explain
 from wanexp.config import RunConfig
+from wanexp.config_keys import group_message, unknown_key_message, unknown_keys
 from wanexp.config_reading import run_config_from_dict
 from wanexp.errors import UserError
 from wanexp.record import Record, read_record
@@ -17,21 +25,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of the new run; 2 for a user error."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("record", type=Path, help="a record.json, or its folder")
+    parser.add_argument("overrides", nargs="*", help="what to change, such as workload.num_steps=1")
     parser.add_argument("--folder", type=Path, help="of the new run; default: a new one under multirun/runs")
     options = parser.parse_args(arguments)
     try:
         old = read_record(options.record)
-        config = run_config_from_dict(old.requested)
+        config = run_config_from_dict(changed(old.requested, options.overrides))
         if old.sweep_id and config.gpus and config.parallelism.mode == "none":
             config.gpus = config.gpus[:1]  # as the sweep ran it
         from wanexp.runner import run  # late: it brings torch
 
-        new = run(config, folder=options.folder or new_folder(config), overrides=old.overrides)
+        overrides = [*old.overrides, *options.overrides]
+        new = run(config, folder=options.folder or new_folder(config), overrides=overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(comparison(old, new))
     return new.exit_code()
+
+
+def changed(requested: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The config of a record with single keys set anew. Raises UserError."""
+    values = copy.deepcopy(dict(requested))
+    for text in overrides:
+        try:
+            [override] = OverridesParser.create().parse_overrides([text])
+        except OverrideParseException as error:
+            raise UserError(explain(error) or f"{text} cannot be read") from None
+        key = override.key_or_group
+        if override.type is not OverrideType.CHANGE or override.is_sweep_override():
+            raise UserError(f"{text} is no change of a single value; write {key}=VALUE")
+        value = override.value()
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        if unknown_keys(RunConfig, nested):
+            raise UserError(unknown_key_message(RunConfig, key))
+        if group := group_message(RunConfig, key, value):
+            raise UserError(group)
+        place = values
+        *path, name = key.split(".")
+        for part in path:
+            if place.get(part) is None:  # or the record is older than the key
+                place[part] = {}
+            place = place[part]
+            if not isinstance(place, dict):
+                raise UserError(unknown_key_message(RunConfig, key))
+        place[name] = value
+    return values
 
 
 def new_folder(config: RunConfig) -> Path:

@@ -7,9 +7,11 @@ import dataclasses
 import math
 import os
 import secrets
+import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,7 @@ from wanexp.measure.statistics import noise_warning, summarise_samples
 from wanexp.planning.plan import Plan, is_lossy_run, parity_tolerance, reference_plan
 from wanexp.planning.planner import cap_memory
 from wanexp.planning.preflight import Preflight, preflight
-from wanexp.record import Record
+from wanexp.record import FILE_NAME, Record
 from wanexp.sweep import outer_rank
 from wanexp.terminal.console import Console, ProgressReporter
 from wanexp.tracking.mlflow_store import track
@@ -95,7 +97,8 @@ def run(
         record.message = str(error)
         if not sweep:
             record.ended = _now()
-            record.write(folder)
+            with suppress(OSError):  # such as a full disk; what the user can mend is said
+                record.write(folder)
             raise
     except KeyboardInterrupt:
         record.outcome, record.message = "interrupted", "interrupted by a signal"
@@ -103,7 +106,18 @@ def run(
         record.outcome, record.message = "failed", f"{type(error).__name__}: {error}"
         record.error = {"rank": None, "type": type(error).__name__, "traceback": traceback.format_exc()}
     record.ended = _now()
-    path = record.write(folder)
+    try:
+        path = record.write(folder)
+    except OSError as error:  # such as a full disk
+        console.end_table(record)
+        with suppress(OSError):
+            (folder / FILE_NAME).with_suffix(".json.partial").unlink(missing_ok=True)
+        if sweep:
+            raise  # the sweep says why it stops
+        reason = f"cannot write {folder / FILE_NAME}: {error.strerror or error}"
+        print(f"error: {reason}; the numbers above are not kept", file=sys.stderr)
+        record.outcome, record.message = "failed", reason
+        return record
     console.end_table(record, path)
     if config.tracking.enabled:
         console.tracking_lines(track(record, folder, config.tracking).lines)

@@ -133,6 +133,46 @@ def test_rerun_of_mode_none_takes_the_gpu_that_it_ran_on(
     assert seen == [[1], [1, 0]]
 
 
+def test_rerun_takes_changes_and_records_them(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def run(config: RunConfig, *, overrides: list[str], **_: object) -> Record:
+        seen.append((config.workload.num_steps, config.gpus, config.checkpoint, overrides))
+        return make_record()
+
+    monkeypatch.setattr("wanexp.runner.run", run)
+    requested = to_dict(compose_run("seed=3"))
+    make_record(requested=requested, overrides=["seed=3"]).write(working_folder)
+    changes = ["workload.num_steps=1", "gpus=[1]", "checkpoint=null"]
+    assert rerun.main(["record.json", *changes]) == 0
+    assert seen == [(1, [1], None, ["seed=3", *changes])]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            "workload.num_step=1",
+            "workload.num_step does not exist (did you mean num_steps?); keys of workload",
+        ),
+        ("workload.num_steps=x", "workload.num_steps: Value 'x'"),
+        ("workload.num_steps=0", "workload.num_steps is 0; write 1 or more"),
+        ("model=tiny", "model is 'tiny' and holds several keys; write model.name=VALUE (keys: "),
+        ("seed=1,2", "seed=1,2 is no change of a single value; write seed=VALUE"),
+        ("~seed", "~seed is no change of a single value; write seed=VALUE"),
+        ("seed", "'seed' is not of the form key=value; write seed=VALUE"),
+        ("seed.x=1", "seed.x does not exist; seed is a single value"),
+    ],
+)
+def test_rerun_refuses_what_is_no_change_of_a_key(
+    working_folder: Path, capsys: pytest.CaptureFixture[str], change: str, line: str
+) -> None:
+    make_record(requested=to_dict(compose_run())).write(working_folder)
+    assert rerun.main(["record.json", change]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {line}") and err.count("\n") == 1
+
+
 def test_rerun_compares() -> None:
     now = make_record(metrics={"latency/step_ms": 893.64})
     assert rerun.comparison(make_record(), now) == "step time: 812 ms before, 894 ms now (+10.0 %)"

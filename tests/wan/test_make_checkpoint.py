@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from wanexp.errors import UserError
+from wanexp.errors import CheckpointError, UserError
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.checkpoint import open_checkpoint, open_experts
 from wanexp.wan.key_names import native_to_diffusers
@@ -173,6 +173,37 @@ def test_script_errors(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: cannot write {out}: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "line"),
+    [
+        ("foo", 0, "--device is 'foo'; write cpu or cuda:0"),
+        ("meta", 0, "--device is 'meta'; write cpu or cuda:0"),
+        ("cuda:0", 0, "--device is 'cuda:0' and torch finds 0 CUDA devices; write cpu"),
+        ("cuda", 0, "--device is 'cuda' and torch finds 0 CUDA devices; write cpu"),
+        ("cuda:2", 2, "--device is 'cuda:2' and torch finds 2 CUDA devices; write cpu or cuda:0 or cuda:1"),
+    ],
+)
+def test_a_device_that_is_not_there(tmp_path, monkeypatch, capsys, device, count, line):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import make_checkpoint
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    arguments = ["--model", "tiny", "--out", str(tmp_path / "x"), "--device", device]
+    monkeypatch.setattr(sys, "argv", ["make_checkpoint.py", *arguments])
+    assert make_checkpoint.main() == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
+    for good in ("cpu", *(f"cuda:{index}" for index in range(count))):
+        make_checkpoint.check_device(good)
+
+
+def test_a_file_without_tensors_is_no_checkpoint(tmp_path):
+    save_file({}, tmp_path / "x.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"x\.safetensors holds no tensors; give the safetensors of a Wan"
+    ):
+        open_checkpoint(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("layout", ["fp8_scaled", "diffusers"])

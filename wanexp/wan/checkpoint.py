@@ -167,6 +167,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     place = _place(files)
     headers = tuple(read_header(file) for file in files)
     stored = _merge(files, headers)
+    if not stored:
+        raise CheckpointError(f"{place} holds no tensors; give the safetensors of a Wan transformer")
     if index:
         _check_index(files, headers, index, place)
 
