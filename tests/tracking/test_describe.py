@@ -25,6 +25,10 @@ def test_run_name_is_the_verdict() -> None:
     assert describe.run_name(make_record()) == "block_distribution 2 GPUs - 812 ms/step - 7.1 GiB - tiny"
     variant = make_record(overrides=["parallelism=block_distribution_interleaved"])
     assert describe.run_name(variant).startswith("block_distribution_interleaved 2 GPUs - 812 ms/step")
+    told = make_record(
+        overrides=["parallelism=none", "gpus=[0,1]", "precision=fp8", "video.num_frames=33", "seed=1"]
+    )
+    assert describe.run_name(told).endswith(" - 7.1 GiB - tiny - precision=fp8 video.num_frames=33")
     auto = make_record(overrides=["parallelism=auto"])
     assert describe.run_name(auto).startswith("block_distribution 2 GPUs -")
     assert describe.run_name(on_cpu()).startswith("block_distribution 2 CPU - 812 ms/step")

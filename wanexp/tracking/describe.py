@@ -20,6 +20,21 @@ JOULES_PER_WH = 3600.0
 MAX_SERIES_POINTS = 500  # of one telemetry series in MLflow; the record keeps all
 
 
+TOLD_IN_NAMES = (  # overrides that make other runs of what a name else says
+    "precision=",
+    "offload",
+    "video.",
+    "model.",
+    "attention=",
+    "kernels=",
+    "transport=",
+    "ffn_chunks=",
+    "workload.batch_size=",
+    "workload.guidance_scale=",
+    "checkpoint=",
+)
+
+
 class Point(NamedTuple):
     """One value of a metric. timestamp in ms since the epoch."""
 
@@ -30,7 +45,7 @@ class Point(NamedTuple):
 
 
 def run_name(record: Record) -> str:
-    """The verdict in one line, `block_distribution 4 GPUs - 812 ms/step - 7.1 GiB - wan2.1_t2v_14b 480p`.
+    """The verdict in one line, `tensor_parallel 4 GPUs - 812 ms/step - 7.1 GiB - wan2.1_t2v_14b 480p - precision=fp8`.
 
     MLflow's table of runs shows nothing else until its reader picks columns.
     """
@@ -45,6 +60,8 @@ def run_name(record: Record) -> str:
     parts.append(" ".join(dict.fromkeys(present(group_name(record, "model"), group_name(record, "video")))))
     if (workload := group_name(record, "workload")) not in ("denoise", None):
         parts.append(str(workload))
+    told = (text.lstrip("+") for text in record.overrides)
+    parts.append(" ".join(text for text in told if text.startswith(TOLD_IN_NAMES)))
     return " - ".join(part for part in parts if part)[:MAX_KEY]
 
 
