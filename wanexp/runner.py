@@ -271,7 +271,7 @@ def take_results(record: Record, config: RunConfig, prepared: Prepared, launched
         "rank_step_ms": {str(rank): [s * 1000 for s in times] for rank, times in launched.steps.items()},
     }
     if len(reports) == plan.layout.num_ranks:
-        if not all(report["is_finite"] for report in reports.values()):
+        if record.outcome == "finished" and not all(report["is_finite"] for report in reports.values()):
             what = "a loss is" if config.workload.name == "train" else "the latents are"
             record.outcome = "failed"
             record.message = (

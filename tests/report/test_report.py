@@ -119,6 +119,20 @@ def test_the_page_says_which_baseline_is_missing() -> None:
     assert "x |" not in row and "baseline" not in row
 
 
+@pytest.mark.usefixtures("without_figures")
+def test_the_headline_of_several_settings_names_each() -> None:
+    small = {"name": "480p", "width": 832, "height": 480, "num_frames": 33}
+    one = [record_of(mode, count) for mode, count in (("none", 1), ("cfg_parallel", 2))]
+    both = [
+        *one,
+        *(record_of(mode, count, video=small) for mode, count in (("none", 1), ("cfg_parallel", 2))),
+    ]
+    (first, *_), named = (compose(Sweep("s", cells_of(records))).headline for records in (one, both))
+    assert first[0] == "Fastest" and first[1].startswith("cfg_parallel, 2 GPUs: ")
+    assert [term for term, _ in named] == [f"Fastest, wan2.1_t2v_14b 480p 832x480x{n}" for n in (81, 33)]
+    assert all(said.startswith("cfg_parallel, 2 GPUs: ") for _, said in named)
+
+
 def test_figures_are_the_same_twice() -> None:
     first, second = (figures_speed.times(cells_of(small_sweep()), "latency") for _ in range(2))
     assert first is not None and first == second

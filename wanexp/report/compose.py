@@ -32,8 +32,9 @@ OF_A_SWEEP = (
 
 @dataclass(frozen=True)
 class Report:
-    """A sweep's page. headline: the answers of the first setting. regressions: cells that got worse, in words.
-    against: what else the comparison with an older sweep came to; empty without one. runs: the data, `runs_document`.
+    """A sweep's page. headline: the answers, of several settings the first of each. regressions: cells that got worse,
+    in words. against: what else the comparison with an older sweep came to; empty without one. runs: the data,
+    `runs_document`.
     """
 
     title: str
@@ -78,8 +79,17 @@ def compose(sweep: Sweep, *, before: Sweep | None = None, baseline: str | None =
         top += change_blocks(sweep, before, found)
         against = change_sentence(sweep, before, found)
     blocks += not_finished(sweep) + commands(sweep) + machine(sweep) + warnings(sweep)
-    headline = answers.answers(sweep.of_setting(sweep.settings[0]), baseline) if sweep.cells else []
-    return Report(title, top + blocks, headline, figures, regressions, against, runs_document(sweep))
+    return Report(
+        title, top + blocks, headline_of(sweep, baseline), figures, regressions, against, runs_document(sweep)
+    )
+
+
+def headline_of(sweep: Sweep, baseline: str | None) -> list[tuple[str, str]]:
+    """The answers to what a sweep was run for; of several settings the first of each, under its name."""
+    found = {setting: answers.answers(sweep.of_setting(setting), baseline) for setting in sweep.settings}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return [(f"{term}, {setting}", said) for setting, lines in found.items() for term, said in lines[:1]]
 
 
 def draw(cells: Sequence[Cell], baseline: str | None) -> list[Drawn]:
