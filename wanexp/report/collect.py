@@ -140,7 +140,7 @@ def work_of(record: Record) -> dict[str, str]:
     scales = asked.get("guidance_scale") or usual.get("guidance_scale") or []
     return {
         "video": "x".join(map(str, video)),
-        "guidance": "guided" if any(scale > 1 for scale in scales) else "not guided",
+        "guidance": "guided" if max(scales, default=1) > 1 else "not guided",
         **{
             key.removeprefix("model.architecture."): f"{key.removeprefix('model.architecture.')}={value}"
             for key, value in flat.items()
