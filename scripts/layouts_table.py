@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,11 @@ def table_rows(runs: Runs) -> list[dict[str, Any]]:
 
 
 def _case_rows(mine: Sequence[Record], case: str) -> Iterator[dict[str, Any]]:
+    common = set.intersection(*(set(record.overrides) for record in mine))
     base = [
         r.metrics["latency/step_ms"] / r.metrics["setup/batch_size"]
         for r in mine
-        if r.effective["mode"] == "none" and "latency/step_ms" in r.metrics
+        if r.effective["mode"] == "none" and "latency/step_ms" in r.metrics and not own_settings(r, common)
     ]
     for record in mine:
         metrics, labels = record.metrics, [device["label"] for device in record.effective["devices"]]
@@ -100,7 +101,7 @@ def _case_rows(mine: Sequence[Record], case: str) -> Iterator[dict[str, Any]]:
             "case": case,
             "mode": record.effective["mode"] + placement,
             "GPUs": len(labels),
-            "layout": f"{spread}, {transport}" if transport else spread,
+            "layout": ", ".join([spread, *filter(None, [transport]), *own_settings(record, common)]),
             "outcome": record.outcome,
         }
         if "latency/step_ms" not in metrics or not base:
@@ -127,6 +128,12 @@ def _case_rows(mine: Sequence[Record], case: str) -> Iterator[dict[str, Any]]:
             "predicted ms": round(metrics.get("plan/predicted_step_ms", 0), 1),
             "predicted peak GiB": round(metrics.get("plan/predicted_peak_gib", 0), 2),
         }
+
+
+def own_settings(record: Record, common: Set[str]) -> list[str]:
+    """What a layout sets beside its spread, such as precision=fp8."""
+    told = ("parallelism", "gpus=", "workload.")  # other columns have these
+    return [word for word in record.overrides if word not in common and not word.startswith(told)]
 
 
 def parity_words(metrics: dict[str, float]) -> str:

@@ -490,21 +490,31 @@ def test_a_study_that_cannot_be_is_one_line(arguments, said, monkeypatch, capsys
     assert line.count("\n") == 1
 
 
-def test_a_row_counts_samples_and_says_what_is_missing():
-    def run(mode, batch, step_ms, **metrics):
-        device = {"label": "gpu0"}
-        record = Record(
-            "1", mode, "2026-01-01", {"parallelism": {"block_placement": "contiguous"}}, outcome="failed"
-        )
-        record.effective, record.plan = {"mode": mode, "devices": [device]}, {"layout": {"dp": 1}}
-        record.metrics = {"latency/step_ms": step_ms, "setup/batch_size": batch, **metrics}
-        return "tiny", Path(), record
+def layout_run(mode, batch, step_ms, *overrides, **metrics):
+    """As the table takes it: case, folder, record."""
+    device = {"label": "gpu0"}
+    record = Record(
+        "1", mode, "2026-01-01", {"parallelism": {"block_placement": "contiguous"}}, outcome="failed"
+    )
+    record.overrides = ["model=tiny", "attention=sdpa_flash", f"parallelism={mode}", *overrides]
+    record.effective, record.plan = {"mode": mode, "devices": [device]}, {"layout": {"dp": 1}}
+    record.metrics = {"latency/step_ms": step_ms, "setup/batch_size": batch, **metrics}
+    return "tiny", Path(), record
 
+
+def test_a_row_counts_samples_and_says_what_is_missing():
     none, other = layouts_table.table_rows(
-        [run("none", 2, 100.0, **{"memory/gpu0/weights_gib": 1.5}), run("cfg_parallel", 1, 25.0)]
+        [layout_run("none", 2, 100.0, **{"memory/gpu0/weights_gib": 1.5}), layout_run("cfg_parallel", 1, 25.0)]
     )
     assert (none["speed-up"], none["weights GiB"]) == (1.0, "1.50")
     assert (other["speed-up"], other["weights GiB"], other["busy %"]) == (2.0, "-", "-")
+
+
+def test_a_layout_with_settings_of_its_own_says_so_and_is_no_base():
+    runs = [layout_run("none", 1, 100.0), layout_run("none", 1, 80.0, "gpus=[0]", "precision=fp8")]
+    none, lossy = layouts_table.table_rows(runs)
+    assert (none["layout"], none["speed-up"]) == ("one GPU", 1.0)
+    assert (lossy["layout"], lossy["speed-up"]) == ("one GPU, precision=fp8", 1.25)
 
 
 def test_goals_of_layouts_stand_beside_the_best_of_them():
@@ -556,7 +566,7 @@ def test_layouts_of_few_gpus_run_side_by_side():
 def test_long_steps_are_left_out_and_modes_by_name_come_first():
     case = layouts_study.parse_case("wan2.1_t2v_14b:480p:2", ["hardware=8x_h100"])
     devices = profile_devices(case.config().hardware)[:4]
-    cells, left = layouts_study.choose_cells([case], ["all"], devices, [4, 2], max_step_s=5.0)
+    cells, left = layouts_study.choose_cells([case], ["all"], devices, [4, 2], max_step_s=4.5)
     asked = [cell.asked for cell in cells]
     assert asked.index("parallelism=tensor_parallel") < asked.index(
         "parallelism=hybrid parallelism.ulysses=1 parallelism.tp=2"
