@@ -3,8 +3,9 @@
 
     python scripts/check_planner.py run            # on one or two GPUs: runs the cells, some under enforced caps
     python scripts/check_planner.py table multirun docs/results/planner.md     # from the records, anywhere
-    python scripts/check_planner.py layouts docs/results/{layouts_2gpus_older,layouts_{2,4}gpus,models_2gpus}.json \\
-        docs/results/sweeps/{modes,scaling}_*/runs.json docs/results/planner.md  # the section on fused kernels
+    python scripts/check_planner.py layouts \\
+        docs/results/{layouts_2gpus_older,layouts_{2,4}gpus,models_2gpus,h100,sweeps/{modes,scaling}_*/runs}.json \\
+        docs/results/planner.md  # the section on fused kernels
 
 The cells of `run` measure peak and step time at several sizes. Its caps (hardware.enforce_memory) stand just below and
 just above the predicted need of a device: below, the plan says that the run cannot fit, and forced to start it must
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works without an installation, too
@@ -83,7 +85,7 @@ def main() -> int:
         "results",
         type=Path,
         nargs="+",
-        help="JSON files of runs on H200, of bench_layouts.py or sweeps, and last the Markdown file",
+        help="JSON files of runs, of bench_layouts.py or sweeps, and last the Markdown file",
     )
     options = parser.parse_args()
     register()
@@ -110,10 +112,7 @@ PAGE_WIDTH = 140  # characters
 
 
 def layouts_markdown(results: list[Path], out: Path) -> str:
-    """For the file `out`: what this planner says to the overrides of each run, beside what the run measured.
-
-    With the H200's profile.
-    """
+    """For the file `out`: what this planner says to the overrides of each run, beside what the run measured."""
     rows: list[str] = []
     peak_errors: list[float] = []
     step_errors: list[float] = []
@@ -125,7 +124,7 @@ def layouts_markdown(results: list[Path], out: Path) -> str:
                 # Runs that do not tell are older than any choice of transports.
                 transport = run.get("effective", {}).get("transport") or "collectives"
                 cells, peak_error, step_error = layout_row(
-                    [*run["overrides"], f"transport={transport}"], run["metrics"]
+                    [*run["overrides"], f"transport={transport}"], run["metrics"], run.get("devices")
                 )
                 rows.append(f"| {' | '.join([source, *cells])} |")
                 peak_errors.append(peak_error)
@@ -135,9 +134,9 @@ def layouts_markdown(results: list[Path], out: Path) -> str:
                     far_off.append(f"{cells[0]} on {num_gpus} GPUs ({step_error:+.1f} %)")
     places = [path.relative_to(out.parent) if path.is_relative_to(out.parent) else path for path in results]
     prose = (
-        "Fused kernels and fa3 on one to four H200, as `scripts/bench_layouts.py` and sweeps measured them in "
-        f"{', '.join(f'[{path}]({path})' for path in places)}. Predicted by the planner as it is, from "
-        "the overrides and the profile: `scripts/check_planner.py layouts` makes this table. Peaks: GiB of each GPU.",
+        "Fused kernels and fa3 on one to four H200 and on one H100, as `scripts/bench_layouts.py` and sweeps "
+        f"measured them in {', '.join(f'[{path}]({path})' for path in places)}. Predicted by the planner as it is, "
+        "from the overrides and the profile: `scripts/check_planner.py layouts` makes this table. Peaks: GiB of each GPU.",
         "Rows without a mode are of mode none, rows without a video of 480p; hybrid has cfg=2 where nothing else is "
         "said.",
         f"**Peaks** of {len(rows)} runs: {min(peak_errors):+.1f} to {max(peak_errors):+.1f} %, in "
@@ -162,14 +161,22 @@ def in_words(override: str) -> str:
     return value if "." not in key else f"{key.rpartition('.')[2]}={value}"
 
 
-def layout_row(overrides: list[str], metrics: dict[str, float]) -> tuple[list[str], float, float]:
-    """The row's cells after the first, and errors in percent: of the peak that is further off, and of the step."""
+def layout_row(
+    overrides: list[str], metrics: dict[str, float], ran_on: list[dict[str, Any]] | None
+) -> tuple[list[str], float, float]:
+    """The row's cells after the first, and errors in percent: of the peak that is further off, and of the step.
+
+    ran_on: the run's devices; None: H200.
+    """
     num_gpus = round(metrics["setup/num_gpus"])
     beside = ("gpus=", "hardware=", "+sweep=", "sweep_report=", "resume=", "tracking=")
     asked = [override for override in overrides if not override.startswith(beside)]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         machine = ["hardware=2x_h200", f"hardware.num_devices={num_gpus}"]
         config = to_run_config(compose("config", overrides=[*asked, *machine]))
+    if ran_on:
+        device = device_from_dict({"free_bytes": 0, **ran_on[0]})
+        config.hardware.device = profile_for(config.hardware, device, conf_dir())
     devices = devices_to_plan(config)
     plan = make_plan(config, devices)
     profiles = [profile_for(config.hardware, device, conf_dir()) for device in devices]
