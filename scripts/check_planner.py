@@ -136,7 +136,8 @@ def layouts_markdown(results: list[Path], out: Path) -> str:
     prose = (
         "Fused kernels and fa3 on one to four H200 and on one H100, as `scripts/bench_layouts.py` and sweeps "
         f"measured them in {', '.join(f'[{path}]({path})' for path in places)}. Predicted by the planner as it is, "
-        "from the overrides and the profile: `scripts/check_planner.py layouts` makes this table. Peaks: GiB of each GPU.",
+        "from the overrides and the profile: `scripts/check_planner.py layouts` makes this table. Peaks: GiB of each "
+        "GPU.",
         "Rows without a mode are of mode none, rows without a video of 480p; hybrid has cfg=2 where nothing else is "
         "said.",
         f"**Peaks** of {len(rows)} runs: {min(peak_errors):+.1f} to {max(peak_errors):+.1f} %, in "

@@ -504,7 +504,10 @@ def layout_run(mode, batch, step_ms, *overrides, **metrics):
 
 def test_a_row_counts_samples_and_says_what_is_missing():
     none, other = layouts_table.table_rows(
-        [layout_run("none", 2, 100.0, **{"memory/gpu0/weights_gib": 1.5}), layout_run("cfg_parallel", 1, 25.0)]
+        [
+            layout_run("none", 2, 100.0, **{"memory/gpu0/weights_gib": 1.5}),
+            layout_run("cfg_parallel", 1, 25.0),
+        ]
     )
     assert (none["speed-up"], none["weights GiB"]) == (1.0, "1.50")
     assert (other["speed-up"], other["weights GiB"], other["busy %"]) == (2.0, "-", "-")
