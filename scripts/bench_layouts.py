@@ -67,7 +67,7 @@ from wanexp.hardware.devices import Device
 from wanexp.hardware.profiles import profile_for
 from wanexp.hardware.telemetry import TelemetrySampler
 from wanexp.job import Job
-from wanexp.launch import Heard, Launched, launch_config, quiet_agent, verdict
+from wanexp.launch import Heard, Launched, launch_ranks, quiet_agent, verdict
 from wanexp.measure.environment import host_environment
 from wanexp.record import Record
 from wanexp.runner import (
@@ -303,7 +303,6 @@ def launch_tasks(
 ) -> tuple[dict[Path, Told], TelemetrySampler]:
     """Run the tasks of each rank; what they told, by the folder of their job, of those that began."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
 
     from wanexp.events import EventTail
 
@@ -312,7 +311,7 @@ def launch_tasks(
     exit_codes: dict[int, int] = {}
     with TelemetrySampler(devices) as telemetry, quiet_agent():
         try:
-            elastic_launch(launch_config(len(tasks)), run_tasks)(tasks)
+            launch_ranks(len(tasks), run_tasks, tasks)
         except ChildFailedError as error:
             exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
             print("a launch failed:", exit_codes)

@@ -77,9 +77,8 @@ def launch(options: argparse.Namespace) -> int:
     from peer_run import run_rank
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
 
-    from wanexp.launch import launch_config, quiet_agent
+    from wanexp.launch import launch_ranks, quiet_agent
 
     options.cases = [parse_case(text) for text in dict.fromkeys(options.case or CASES)]
     options.contender = options.contender or list(DEFAULT_CONTENDERS)
@@ -92,7 +91,7 @@ def launch(options: argparse.Namespace) -> int:
     options.floors = read_floors(options.floor, found[0]) if options.floor else {}
     with quiet_agent():
         try:
-            elastic_launch(launch_config(num_ranks), run_rank)(options)
+            launch_ranks(num_ranks, run_rank, options)
         except ChildFailedError as error:
             print("failed:", {rank: failure.exitcode for rank, failure in error.failures.items()})
             return 1

@@ -26,6 +26,22 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTER_VARIABLES = ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "HYDRA_FULL_ERROR")
 
 
+def test_the_agent_meets_in_a_private_folder(monkeypatch: pytest.MonkeyPatch):
+    """What it meets through it unpickles: no port."""
+    seen = []
+
+    def elastic_launch(config, entry):
+        store = Path(config.rdzv_endpoint)
+        seen.append((config.rdzv_configs, store.parent, store.parent.stat().st_mode & 0o777))
+        return lambda argument: entry(argument)
+
+    monkeypatch.setattr(launch_module, "elastic_launch", elastic_launch)
+    launch_module.launch_ranks(2, seen.append, "argument")
+    (configs, folder, mode), argument = seen
+    assert (configs["store_type"], mode, argument) == ("file", 0o700, "argument")
+    assert not folder.exists()
+
+
 @pytest.fixture
 def job(run_config: Composer, tmp_path: Path) -> Job:
     """Two replicas, six steps."""

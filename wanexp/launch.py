@@ -10,12 +10,14 @@ import logging
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import psutil
@@ -81,7 +83,7 @@ def launch(job: Job, *, on_event: Callable[[Event], None] = lambda _event: None)
     exit_codes: dict[int, int] = {}
     with quiet_agent(), kept_signal_handlers(), watcher:
         try:
-            elastic_launch(launch_config(num_ranks), worker.main)(job)
+            launch_ranks(num_ranks, worker.main, job)
         except ChildFailedError as error:
             exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         except (SignalException, KeyboardInterrupt) as error:
@@ -91,20 +93,28 @@ def launch(job: Job, *, on_event: Callable[[Event], None] = lambda _event: None)
     )
 
 
-def launch_config(num_ranks: int) -> LaunchConfig:
-    """One node, a rendezvous of its own on loopback, no restarts."""
-    return LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=POLL_S,
-        start_method="forkserver",
-    )
+def launch_ranks(num_ranks: int, entry: Callable[[Any], None], argument: Any) -> None:
+    """Run `entry(argument)` in `num_ranks` processes of this machine, without restarts, and wait for them.
+
+    The agent meets in a file of a private folder: it unpickles what it reads there, and torch's store behind a port
+    listens on every interface. The ranks' own store does so, too, and holds addresses only. Raises ChildFailedError
+    for a rank that failed, SignalException for a signal.
+    """
+    with tempfile.TemporaryDirectory(prefix="wanexp-", ignore_cleanup_errors=True) as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_ranks,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_configs={"store_type": "file"},
+            rdzv_endpoint=str(Path(folder) / "store"),
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            monitor_interval=POLL_S,
+            start_method="forkserver",
+        )
+        elastic_launch(config, entry)(argument)
 
 
 def verdict(
