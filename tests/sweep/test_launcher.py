@@ -1,5 +1,6 @@
 """Sweeps: composed by Hydra, run by the launcher, their folders and sweep.json. The runner is replaced."""
 
+import errno
 import json
 import sys
 from types import ModuleType
@@ -27,6 +28,7 @@ class Fakes:
         self.endings: dict[int, str | BaseException] = {}
         self.at_call: list[dict] = []
         self.writes = False
+        self.cut_off: set[int] = set()  # cells that Ctrl-C ends when their record is written
 
     def run(self, config, *, folder, overrides, sweep=None):
         self.calls.append({"config": config, "folder": folder, "overrides": overrides, "sweep": sweep})
@@ -40,6 +42,8 @@ class Fakes:
         record.metrics = {"latency/step_ms": 2.0, "other": 1.0}
         if self.writes:
             record.write(folder)
+        if sweep.index in self.cut_off:
+            raise KeyboardInterrupt
         return record
 
 
@@ -54,6 +58,7 @@ def fakes(monkeypatch, tmp_path):
             fakes.tables.append(list(records))
 
     vars(console)["Console"] = Console
+    monkeypatch.setattr("wanexp.report.compose.draw", lambda *_: [])  # figures take seconds
     monkeypatch.setitem(sys.modules, "wanexp.runner", runner)
     monkeypatch.setitem(sys.modules, "wanexp.terminal.console", console)
     monkeypatch.chdir(tmp_path)
@@ -309,6 +314,43 @@ def test_ctrl_c_stops_the_rest_and_keeps_what_there_is(sweep, fakes, tmp_path, e
     assert [cell["outcome"] for cell in document["cells"]] == ["finished", "interrupted"]
     assert document["ended"] and document["state"] == "interrupted"
     assert [len(table) for table in fakes.tables] == [2]
+
+
+def test_ctrl_c_while_mlflow_is_written_leaves_the_record_as_it_is(sweep, fakes, tmp_path):
+    fakes.writes, fakes.cut_off = True, {1}
+    assert sweep("-m", "seed=1,2,3", "sweep_name=s", "tracking=none") == 130
+    document = sweep_file(tmp_path / "multirun" / "s")
+    assert [cell["outcome"] for cell in document["cells"]] == ["finished", "finished", None]
+    assert document["state"] == "interrupted"
+    record = read_record(tmp_path / "multirun" / "s" / "001_none_1gpu")
+    assert (record.run_id, record.metrics["latency/step_ms"]) == ("id 2", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(errno.ENOLCK, "No locks available"), 1, "error: the sweep stopped: No locks available\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_a_sweep_that_ends_before_its_first_run_says_so(sweep, fakes, monkeypatch, capsys, error, code, said):
+    def lock(folder):
+        raise error
+
+    monkeypatch.setattr("wanexp.sweep.files.FolderLock", lock)
+    assert sweep("-m", "seed=1,2", "sweep_name=s") == code
+    assert capsys.readouterr().err == said
+    assert fakes.calls == []
+
+
+def test_of_two_sweeps_that_begin_at_once_the_second_leaves_the_folder(sweep, fakes, monkeypatch, tmp_path):
+    def lock(folder):
+        (folder / "000_none_1gpu").mkdir()  # the other has begun
+        raise UserError("a sweep is running in it")
+
+    monkeypatch.setattr("wanexp.sweep.files.FolderLock", lock)
+    assert sweep("-m", "seed=1,2", "sweep_name=s") == 2
+    assert (tmp_path / "multirun" / "s" / "000_none_1gpu").exists()
 
 
 def test_a_sweep_without_a_name_says_how_to_go_on_with_it(sweep, fakes, tmp_path, capsys):

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from wanexp.config import TrackingConfig
 from wanexp.config_reading import check_sweep_name
 from wanexp.errors import UserError
-from wanexp.record import Record
+from wanexp.record import FILE_NAME, Record, read_record
 from wanexp.sweep import files, resume
 from wanexp.sweep.no_run import Skip, record_of_error
 from wanexp.sweep.order import can_run, schedule
@@ -112,8 +112,10 @@ class SweepLauncher(Launcher):
     def finish(self) -> int:
         """Write `sweep.json` for the last time, print the end table, and return the sweep's exit code."""
         self._stack.close()
-        if not self.runs:
-            return 1 if self.state == "stopped" else 0
+        if not self.runs:  # none was begun
+            if self.state == "stopped":
+                print(f"error: the sweep stopped: {self.reason}", file=sys.stderr)
+            return {"stopped": 1, "interrupted": 130}.get(self.state, 0)
         if self.state == "running":
             self.state = "finished"
         try:
@@ -131,8 +133,8 @@ class SweepLauncher(Launcher):
         if records and self.config.sweep_report:
             from wanexp.report.finish import finish_sweep  # matplotlib and mlflow are slow to import
 
-            tracking = TrackingConfig(**OmegaConf.to_container(self.config.tracking))  # type: ignore[arg-type]
-            print(*finish_sweep(self.folder, tracking), sep="\n")
+            settings = OmegaConf.to_container(self.config.tracking, resolve=True)
+            print(*finish_sweep(self.folder, TrackingConfig(**settings)), sep="\n")  # type: ignore[arg-type]
         missing = sum(run.record is None or run.record.outcome == "interrupted" for run in self.runs)
         if self.state == "stopped":
             print(f"error: the sweep stopped: {self.reason}", file=sys.stderr)
@@ -158,7 +160,11 @@ class SweepLauncher(Launcher):
         from wanexp.sweep.live import LiveSweep  # rich is slow to import
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = files.FolderLock(self.folder)
+        try:
+            self._lock = files.FolderLock(self.folder)
+        except UserError:  # another sweep began in it since `setup`
+            self.existed = True
+            raise
         live = LiveSweep(self.folder, self.runs)
         if files.holds_a_sweep(self.folder):
             self._earlier, document, notes = resume.find_earlier(self.folder)
@@ -222,8 +228,15 @@ class SweepLauncher(Launcher):
                 raise Skip(reason)
             record: Record = self.task_function(config, sweep=sweep)  # type: ignore[call-arg]
         except (Exception, KeyboardInterrupt) as error:
-            record = record_of_error(error, run, sweep.sweep_id, begin)
-            record.write(run.folder)
+            if isinstance(error, KeyboardInterrupt):
+                self.state = "interrupted"
+            if (run.folder / FILE_NAME).is_file():  # this came after it, while MLflow was written
+                record = read_record(run.folder)
+                assert self._live is not None
+                self._live.note(f"note: {run.name}, after its record: {type(error).__name__} {error}".strip())
+            else:
+                record = record_of_error(error, run, sweep.sweep_id, begin)
+                record.write(run.folder)
             if run.error is not None or isinstance(error, Skip):
                 self._track(record, run)
         if record.outcome == "interrupted":
