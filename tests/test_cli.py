@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -100,6 +101,18 @@ def test_a_user_error_of_the_run_is_one_line(cli, runner, tmp_path):
 def test_ctrl_c_outside_of_a_run(cli, runner):
     runner.ending = KeyboardInterrupt()
     assert cli() == (130, "", "interrupted\n")
+
+
+def test_sigterm_ends_a_background_job_whose_ctrl_c_is_ignored(cli):
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as after `wanexp &` in a script
+        cli("--version")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(cli, runner):

@@ -58,7 +58,7 @@ UNWRITABLE = {
 
 def main() -> int:
     """Run the command line in `sys.argv` and return the exit code."""
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # ends like Ctrl-C: with a record
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: with a record
     sys.argv[1:] = options_first(sys.argv[1:])
     if "--version" in sys.argv[1:]:  # Hydra's would be its own
         print(f"wanexp {__version__}, torch {version('torch')}, hydra {hydra.__version__}")
