@@ -208,6 +208,8 @@ def test_the_mlperf_experiment_is_the_benchmark():
         ("limits.run_s=inf", "limits.run_s is inf; write a finite number"),
         ("limits.stall_s=0", "limits.stall_s is 0.0; write a number above 0"),
         ("model.num_experts=2", "model.expert_boundary is null|model.expert_boundary=0.875"),
+        ("model.num_experts=3 model.expert_boundary=0.9", "model.num_experts is 3; write 1, or 2"),
+        ("tracking.uri='http://[::1:5000'", "tracking.uri is no address"),
         ("model.expert_boundary=2", "model.expert_boundary is 2.0; write a number between 0 and 1"),
         ("model.vae_stride=[8,8]", "model.vae_stride is [8, 8]|three numbers"),
         ("model.architecture.num_heads=3", "dim 512|3 heads"),

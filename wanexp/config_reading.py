@@ -215,6 +215,8 @@ def check_sweep_name(name: str | None) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
+    if model.num_experts > 2:
+        raise UserError(f"model.num_experts is {model.num_experts}; write 1, or 2 (high and low noise)")
     if model.num_experts > 1 and model.expert_boundary is None:
         raise UserError(
             f"model.num_experts is {model.num_experts} and model.expert_boundary is null; write the share of "

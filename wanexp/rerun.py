@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         overrides = [*old.overrides, *options.overrides]
         new = run(config, folder=options.folder or new_folder(config), overrides=overrides)
-    except UserError as error:
+    except (UserError, OSError) as error:  # a folder that cannot be written, too
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(comparison(old, new))

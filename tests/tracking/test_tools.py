@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -197,6 +198,24 @@ def test_uri(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlruns")
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is 'mlruns'; write"):
         location.resolve_uri(None)
+
+
+def test_a_port_that_is_none_is_an_answer_not_a_traceback() -> None:
+    with pytest.raises(UserError, match=r"tracking\.uri is no address \(Port could not be cast"):
+        location.resolve_uri("http://127.0.0.1:50x0")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"SSH-2.0-OpenSSH\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        problem = location.server_answers(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=5)
+        thread.join()
+    assert problem is not None
+    assert "SSH-2.0" in problem
 
 
 def test_links_hide_passwords() -> None:

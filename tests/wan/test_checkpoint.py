@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from wanexp.errors import CheckpointError
+from wanexp.sweep.fingerprint import checkpoint_identity
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.checkpoint import open_checkpoint, open_experts
 from wanexp.wan.key_names import diffusers_to_native, native_to_diffusers
@@ -337,6 +338,15 @@ def test_folder_errors(tmp_path):
     for name in ("a", "b"):
         save(state_dict(), tmp_path / f"{name}.safetensors")
     check_error(tmp_path, "2 candidates", "a.safetensors, b.safetensors")
+
+
+def test_a_path_that_the_system_refuses(tmp_path):
+    for path in (tmp_path / ("x" * 300), tmp_path / "file" / "below"):
+        with pytest.raises(CheckpointError, match=r"cannot read the checkpoint|no checkpoint at"):
+            open_checkpoint(path)
+        with pytest.raises(CheckpointError):
+            open_experts(path, 2)
+        assert checkpoint_identity(str(path)) == []
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.pth", "a.bin", "a.ckpt", "a.gguf"])

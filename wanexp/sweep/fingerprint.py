@@ -68,16 +68,19 @@ def checkpoint_identity(checkpoint: str | None) -> list[Any]:
     if checkpoint is None:
         return []
     path = Path(checkpoint).expanduser()
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir():
-        files = sorted(path.rglob("*.safetensors*"))
-    else:
-        files = [path, *(sorted(folder.glob("*.safetensors")) if path.suffix == ".json" else [])]
-    return [
-        [file.relative_to(folder).as_posix(), file.stat().st_size, file.stat().st_mtime_ns]
-        for file in files
-        if file.exists()
-    ]
+    try:
+        folder = path if path.is_dir() else path.parent
+        if path.is_dir():
+            files = sorted(path.rglob("*.safetensors*"))
+        else:
+            files = [path, *(sorted(folder.glob("*.safetensors")) if path.suffix == ".json" else [])]
+        return [
+            [file.relative_to(folder).as_posix(), file.stat().st_size, file.stat().st_mtime_ns]
+            for file in files
+            if file.exists()
+        ]
+    except OSError:  # the run itself will say so
+        return []
 
 
 def _digest(content: bytes) -> str:

@@ -1,5 +1,6 @@
 """Where the MLflow store is, and how the tools beside the main job are called. Needs no mlflow."""
 
+import http.client
 import json
 import os
 import shlex
@@ -38,6 +39,10 @@ def resolve_uri(uri: str | None) -> str:
     """
     source = "tracking.uri" if uri else "MLFLOW_TRACKING_URI"
     uri = (uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI).strip()
+    try:
+        urlsplit(uri).port  # noqa: B018  # asking is the check
+    except ValueError as error:  # such as a bracket that is not closed
+        raise UserError(f"{source} is no address ({error}); write http://{UI_HOST}:{UI_PORT}") from None
     kind, colon, _ = uri.partition(":")
     if kind not in WITHOUT_COLON and not (colon and kind.partition("+")[0] in STORES):
         raise UserError(
@@ -129,7 +134,7 @@ def server_answers(uri: str, timeout_s: float) -> str | None:
         except urllib.error.URLError as error:
             # A bad certificate is an answer: MLflow has settings for it and a message of its own.
             problem[0] = "" if "CERTIFICATE" in str(error.reason) else str(error.reason)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             problem[0] = str(error) or type(error).__name__
 
     thread = threading.Thread(target=ask, name="mlflow-preflight", daemon=True)

@@ -163,7 +163,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     supported.
     """
     path = Path(path).expanduser()
-    files, index = find_files(path)
+    try:
+        files, index = find_files(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
     place = _place(files)
     headers = tuple(read_header(file) for file in files)
     stored = _merge(files, headers)
@@ -209,7 +212,10 @@ def open_experts(path: str | Path, num_experts: int) -> list[Checkpoint]:
     assert num_experts == 2
     path = Path(path).expanduser()
     for pair in EXPERT_FOLDERS:
-        present = [(path / name).is_dir() for name in pair]
+        try:
+            present = [(path / name).is_dir() for name in pair]
+        except OSError as error:
+            raise _unreadable(path, error) from None
         if not any(present):
             continue
         if not all(present):
@@ -223,6 +229,10 @@ def open_experts(path: str | Path, num_experts: int) -> list[Checkpoint]:
         f"{path} does not hold two experts; give a folder with high_noise_model/ and low_noise_model/, "
         "or transformer/ and transformer_2/"
     )
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot read the checkpoint {path}: {error.strerror or error}")
 
 
 # Recognising and checking what is in them
