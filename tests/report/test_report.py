@@ -251,7 +251,9 @@ def test_markdown_escapes() -> None:
 def test_the_command_writes_both_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_sweep(tmp_path / "s", scaling_sweep(1))
     (folder / "figures").mkdir()
-    (folder / "figures" / "old.png").write_text("of a report before")
+    (folder / "report.md").write_text("![Of a report before](figures/old.png)\n")
+    for name in ("old.png", "old.svg", "mine.png"):
+        (folder / "figures" / name).touch()
     assert command.main([str(folder)]) == 0
     said = capsys.readouterr().out
     assert said.startswith("Fastest: context_parallel, 8 GPUs") and "report.html" in said
@@ -262,7 +264,8 @@ def test_the_command_writes_both_pages(tmp_path: Path, capsys: pytest.CaptureFix
         assert "write gpus=\\[0,1\\]" in text or "write gpus=[0,1]" in text
         assert "NVLink" in text and "2.11.0+cu130" in text and "MADE-UP CPU" in text
         assert "rerun.py" in text
-    assert not (folder / "figures" / "old.png").exists()
+    assert not list((folder / "figures").glob("old.*"))
+    assert (folder / "figures" / "mine.png").exists()
     links = re.findall(r"\]\((figures/.*?\.png)\)", markdown)
     assert len(links) == 10 and all((folder / link).is_file() for link in links)
     assert page.count("<img") == 10

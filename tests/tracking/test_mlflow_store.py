@@ -293,6 +293,18 @@ def test_a_lone_record_gets_its_files(sqlite_uri: str, working_folder: Path) -> 
     assert yaml.safe_load(Path(config).read_text()) == make_record().requested
 
 
+def test_a_config_outside_of_the_folder_is_not_read(sqlite_uri: str, working_folder: Path) -> None:
+    secret = working_folder / "secret"
+    secret.write_text("secret: 1\n")
+    folder = working_folder / "foreign"
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "config.yaml").symlink_to(secret)
+    assert track(make_record(), folder, TrackingConfig()).state == "logged"
+    (run,) = runs_in(sqlite_uri)
+    config = client_of(sqlite_uri).download_artifacts(run.info.run_id, "config.yaml", str(working_folder))
+    assert yaml.safe_load(Path(config).read_text()) == make_record().requested
+
+
 class Without(MetaPathFinder):
     """Makes a package look as if it were not installed."""
 

@@ -6,6 +6,7 @@ With --against an older sweep it also says which cells got slower; noise alone h
 
 import argparse
 import json
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -70,9 +71,10 @@ def write_report(report: Report, folder: Path) -> list[Path]:
         (figures / f"{drawn.name}.png").write_bytes(drawn.png)
         (figures / f"{drawn.name}.svg").write_bytes(drawn.svg)
     made = {drawn.name for drawn in report.figures}
-    for path in figures.iterdir():
-        if path.suffix in (".png", ".svg") and path.stem not in made:
-            path.unlink()
+    before = (folder / MARKDOWN).read_text() if (folder / MARKDOWN).is_file() else ""
+    for name in set(re.findall(rf"\({FIGURES}/([\w.-]+)\.png\)", before)) - made:
+        for suffix in (".png", ".svg"):
+            (figures / f"{name}{suffix}").unlink(missing_ok=True)
     (folder / HTML).write_text(to_html(report.title, report.blocks))
     (folder / MARKDOWN).write_text(to_markdown(report.blocks, figures=FIGURES))
     (folder / RUNS).write_text(json.dumps(report.runs, indent=1) + "\n")

@@ -227,7 +227,7 @@ def _write_record_files(record: Record, folder: Path, place: Path) -> None:
         (FILE_NAME, record.__dict__, folder / FILE_NAME),
         ("config.yaml", record.requested, folder / ".hydra" / "config.yaml"),
     ):
-        if source.is_file():
+        if source.is_file() and source.resolve().is_relative_to(folder.resolve()):
             shutil.copyfile(source, place / name)
         else:
             as_json = name.endswith(".json")
