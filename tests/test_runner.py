@@ -291,11 +291,12 @@ def test_a_loss_of_nan_is_kept_out_of_the_metrics(execute):
 
 
 @pytest.mark.parametrize(("verify", "outcome"), [("auto", "finished"), ("always", "oom")])
-def test_a_reference_that_cannot_run(execute, monkeypatch, verify, outcome):
+def test_a_reference_that_cannot_run(execute, monkeypatch, tmp_path, verify, outcome):
     monkeypatch.setattr(launch_module.worker, "main", faults.reference_fails)
     record = execute(*MODES["block_distribution"], f"verify={verify}")
     assert record.outcome == outcome
     assert any("not compared" in warning for warning in record.warnings)
+    assert not list((tmp_path / "run").glob("parity*")), "what is compared does not stay"
     assert len(record.samples["step_ms"]) == 3, "what was measured stays"
 
 

@@ -105,6 +105,8 @@ def run(
     except Exception as error:  # our own mistake; what was measured before it stays
         record.outcome, record.message = "failed", f"{type(error).__name__}: {error}"
         record.error = {"rank": None, "type": type(error).__name__, "traceback": traceback.format_exc()}
+    finally:
+        (folder / "parity.safetensors").unlink(missing_ok=True)
     record.ended = _now()
     try:
         path = record.write(folder)
@@ -343,7 +345,6 @@ def compare_with_reference(record: Record, job: Job, num_blocks: int, progress: 
         record.warnings.append(
             "the answer is within tolerance of mode none but not bit-equal, as it should be here"
         )
-    (job.run_folder / "parity.safetensors").unlink(missing_ok=True)
 
 
 def exact_kernels(effective: Mapping[str, Any]) -> tuple[str, str]:

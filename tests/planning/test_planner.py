@@ -11,12 +11,15 @@ from wanexp.config_reading import to_run_config
 from wanexp.errors import LayoutError, UserError
 from wanexp.hardware.devices import Device
 from wanexp.hardware.profiles import profile_for
+from wanexp.parallel.layout import Layout
 from wanexp.plan_task import devices_to_plan
 from wanexp.planning.advice import nearest_that_fits
 from wanexp.planning.candidates import Planned
 from wanexp.planning.memory import GIB
 from wanexp.planning.planner import judge, plan_layouts, with_asked
 from wanexp.planning.preflight import Preflight, preflight
+from wanexp.planning.sizes import sizes_of
+from wanexp.planning.time import block_seconds, rates_of
 
 register()
 
@@ -278,6 +281,17 @@ def test_training_is_ranked_by_throughput_as_nobody_waits_for_one_sample():
     config = composed(*words, "parallelism=auto")
     devices = devices_to_plan(config)
     assert preflight(config, devices, devices, lambda device: None).config.parallelism.mode == "fsdp"
+
+
+def test_training_gathers_what_is_stored_fp32_masters():
+    """Two RTX 4090, PCIe: half of 14B's block, 2 bytes a weight more, at 32 GB/s through the host."""
+    config = composed("model=wan2.1_t2v_14b", "hardware=2x_rtx4090", "video.num_frames=1")
+    rates = rates_of(config.hardware.device, "bfloat16", has_p2p=False)
+    sizes, layout = sizes_of(config, 1), Layout(dp=2, shard=2)
+    more_s = block_seconds(sizes, rates, layout, stored=4) - block_seconds(sizes, rates, layout)
+    num_weights = config.model.architecture.num_block_parameters()
+    copied_s = 4 * 2 * num_weights / rates.memory  # FSDP2 copies what it gathers, beside which it gathers
+    assert more_s == pytest.approx(num_weights / rates.collective, abs=copied_s)
 
 
 @pytest.mark.parametrize(

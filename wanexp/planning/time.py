@@ -151,10 +151,12 @@ def block_seconds(
     kernels: Kernels = Kernels(),  # noqa: B008
     *,
     copies: bool = False,
+    stored: int | None = None,
 ) -> float:
     """One block's forward on one GPU of `layout`, exchanges included; never faster than its host.
 
-    copies: copy engines carry the exchanges of ulysses and shard, which NCCL does else.
+    copies: copy engines carry the exchanges of ulysses and shard, which NCCL does else. stored: bytes of a weight in a
+    shard, as it is gathered; None: as it is computed with.
     """
     gemm, attention = block_flops(s)
     tokens, shares = layout.ring * layout.ulysses, layout.ring * layout.ulysses * layout.tp
@@ -188,7 +190,7 @@ def block_seconds(
     if layout.tp > 1:
         compute_s += 3 * part * ring_factor(layout.tp) / rates.collective + 6 * rates.latency_s
     if layout.shard > 1:  # the next block is gathered beside this one
-        weights = s.compute * s.arch.num_block_parameters()
+        weights = (stored or s.compute) * s.arch.num_block_parameters()
         gather_s = weights * (layout.shard - 1) / layout.shard / carried + rates.latency_s
         if copies:  # straight to where it is used; the own shard is read and written
             gather_s += 2 * weights / layout.shard / rates.memory
@@ -279,8 +281,9 @@ def _rank_step(config: RunConfig, plan: Plan, rank: RankPlan, rates: Sequence[Ra
     ]
     stages = stages_of(plan.block_owner, len(plan.block_owner))
     copies = plan.transport == "copies"
+    stored = 4 if config.workload.name == "train" else None  # fp32 masters
     block_s = [
-        block_seconds(sizes, rate, plan.layout, kernel, copies=copies)
+        block_seconds(sizes, rate, plan.layout, kernel, copies=copies, stored=stored)
         for rate, kernel in zip(owned, kernels, strict=True)
     ]
     stage_s = [(stage.stop - stage.start) * block_s[stage.position] for stage in stages]
