@@ -94,11 +94,9 @@ def test_an_experiment_by_name(command, tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_by_name(command, tmp_path):
-    done = command("+sweep=modes", *TINY, "sweep_name=modes")
+    done = command("+sweep=modes", "parallelism=none,tensor_parallel", *TINY, "sweep_name=modes")
     assert done.returncode == 0, done.stdout + done.stderr
-    outcomes = cells(tmp_path, "modes")
-    assert len(outcomes) >= 4 and set(outcomes.values()) <= {"finished", "skipped"}
-    assert list(outcomes.values()).count("finished") >= 4
+    assert list(cells(tmp_path, "modes").values()) == ["finished", "finished"]
 
 
 def test_a_user_error_of_a_run_is_one_line_and_leaves_no_run(command, tmp_path):

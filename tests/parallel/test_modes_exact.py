@@ -35,6 +35,15 @@ def job_of(case: Case, folder: Path) -> Job:
     return Job(config=case.config, plan=plan, folder=folder, run_folder=folder, num_threads=1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the ranks have: with more, some processors add up in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 Result = tuple[Job, list[dict], dict]
 """Of one case its job, what each rank found, and what the reference did."""
 
@@ -49,8 +58,6 @@ def result_of(ranks: int, name: str) -> Result:
 @cache
 def results_of(ranks: int) -> dict[str, Result] | Exception:
     """All cases of this many ranks; what went wrong is kept too, for it takes minutes where ranks wait for others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the ranks have: sums run alike
     try:
         with TemporaryDirectory() as temporary:
             jobs = {
@@ -65,8 +72,6 @@ def results_of(ranks: int) -> dict[str, Result] | Exception:
             }
     except Exception as error:
         return error
-    finally:
-        torch.set_num_threads(threads)
 
 
 def rel_l2(found: Tensor, expected: Tensor) -> float:

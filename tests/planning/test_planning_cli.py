@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import TINY
 from tests.planning.test_planner import composed
 from wanexp import plan_task
 from wanexp.record import Record, read_record
@@ -129,9 +130,7 @@ def test_training_on_many_gpus_is_planned(capsys):
 
 
 def test_auto_runs_what_the_planner_chose_and_records_both(tmp_path):
-    done = wanexp(
-        tmp_path, "parallelism=auto", "objective=throughput", "hardware=cpu", "tracking=none", "verify=never"
-    )
+    done = wanexp(tmp_path, *TINY, "parallelism=auto", "objective=throughput", "verify=never")
     assert done.returncode == 0, done.stderr
     record = record_in(tmp_path)
     assert record.requested["parallelism"]["mode"] == "auto"

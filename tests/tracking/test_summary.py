@@ -16,10 +16,18 @@ from wanexp.record import Record
 from wanexp.report import command, compose, summary
 from wanexp.report.cells import Run, Sweep
 from wanexp.report.collect import make_cells, read_sweep
+from wanexp.report.drawing import Drawn
 from wanexp.report.fetch import SUMMARY_TAG, fetch_sweep
 from wanexp.report.finish import finish_sweep
 from wanexp.tracking import describe
 from wanexp.tracking.view import sweep_view, sweep_view_key
+
+
+@pytest.fixture(autouse=True)
+def one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real ones take seconds."""
+    drawn = Drawn("peaks", "Peaks", "Peaks of memory.", b"<svg/>", b"PNG")
+    monkeypatch.setattr("wanexp.report.compose.draw", lambda *_: [drawn])
 
 
 def records(sweep_id: str = "s", **changes: Any) -> list[Record]:
