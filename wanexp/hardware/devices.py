@@ -20,11 +20,10 @@ from typing import Any
 
 import psutil
 
-from wanexp.config import HardwareConfig
+from wanexp.config import DEVICE_TYPES, HardwareConfig
 from wanexp.errors import UserError
 from wanexp.hardware import nvml as nvml_tools
 
-DEVICE_TYPES = ("auto", "cuda", "cpu")
 DEFAULT_NUM_CPU_DEVICES = 8
 PROBE_TIMEOUT_S = 60.0
 PROBE_COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("probe.py")))

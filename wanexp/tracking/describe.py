@@ -133,7 +133,7 @@ def setup_of(record: Record) -> dict[str, float]:
         "setup/width": video.get("width"),
         "setup/height": video.get("height"),
         "setup/num_frames": video.get("num_frames"),
-        "setup/tokens": record.effective.get("tokens", _num_tokens(record)),
+        "setup/tokens": _num_tokens(record),
     }
     return {key: float(value) for key, value in found.items() if value is not None and _is_finite(value)}
 
