@@ -19,7 +19,7 @@ import pytest
 from wanexp import __main__ as program
 from wanexp import __version__
 from wanexp.config import RunConfig, to_dict
-from wanexp.errors import LayoutError
+from wanexp.errors import LayoutError, UserError
 from wanexp.record import Record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +37,10 @@ class FakeRunner(ModuleType):
         self.calls.append({"config": config, "folder": folder, "overrides": overrides, "sweep": sweep})
         if isinstance(self.ending, BaseException):
             raise self.ending
-        return Record("id", "name", "now", to_dict(config), outcome=self.ending)
+        message = "" if self.ending == "finished" else "gpu0 is full"
+        return Record(
+            "id", "name", "now", to_dict(config), overrides=overrides, outcome=self.ending, message=message
+        )
 
 
 @pytest.fixture
@@ -257,6 +260,26 @@ def test_what_the_system_refuses_is_one_line(cli, monkeypatch, number, name, cod
     monkeypatch.setattr(program.os, "access", lambda _path, mode: mode == os.F_OK)
     found, _, err = cli()
     assert found == code and err.startswith(f"error: {line}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "line"),
+    [
+        ("finished", 0, ""),
+        ("oom", 1, "error: seed=3: oom: gpu0 is full\n"),
+        (UserError("there is no device 9"), 2, "error: there is no device 9\n"),
+    ],
+)
+def test_a_run_in_a_process_of_another_launcher_raises_what_went_wrong(
+    cli, runner, monkeypatch, ending, code, line
+):
+    """It could hand back nothing else: Slurm's pickles the job, and the lists that it closes over."""
+    runner.ending = ending
+    pids = iter([1])  # of main(); then another's
+    monkeypatch.setattr(program.os, "getpid", lambda: next(pids, 2))
+    found, _, err = cli("seed=3")
+    assert found == code
+    assert err.splitlines()[1:] == line.splitlines(), "after Hydra's own"
 
 
 @pytest.mark.skipif(find_spec("submitit") is not None, reason="it is installed")

@@ -25,7 +25,7 @@ from wanexp import __version__
 from wanexp.compose_errors import explain
 from wanexp.config import conf_dir, register
 from wanexp.config_reading import to_run_config
-from wanexp.errors import UserError
+from wanexp.errors import RunFailed, UserError
 from wanexp.record import Record
 from wanexp.sweep import SweepCell, outer_rank
 from wanexp.sweep.launcher import SweepLauncher, sweep_exit_code
@@ -72,6 +72,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except Exception as error:  # of composing, or of a sweep that cannot start
         if SweepLauncher.current is not None:
             SweepLauncher.current.discard()
@@ -140,10 +143,18 @@ def _run_hydra() -> tuple[int, Exception | None]:
     """Let Hydra compose and call `job`, or the sweep launcher do it; the exit code, and what a run raised."""
     records: list[Record] = []
     failures: list[Exception] = []
+    own_process = os.getpid()
 
     def job(config: DictConfig, sweep: SweepCell | None = None) -> Record | None:
         if sweep is not None:  # the launcher takes what it returns or raises
             return _execute(config, sweep)
+        if (
+            os.getpid() != own_process
+        ):  # another launcher, such as Slurm's: it hands back nothing but what is raised
+            record = _execute(config, None)
+            if record is not None and record.exit_code():
+                raise RunFailed(f"{' '.join(record.overrides)}: {record.outcome}: {record.message}")
+            return record
         try:
             if (record := _execute(config, None)) is not None:
                 records.append(record)
@@ -171,7 +182,7 @@ def _execute(config: DictConfig, sweep: SweepCell | None) -> Record | None:
     try:
         run_config = to_run_config(config)
         if sweep is None and (run_config.resume or run_config.repeats > 1):
-            raise UserError("resume and repeats are of a sweep; add -m, or leave them out")
+            raise UserError("resume and repeats need -m and wanexp's own launcher; add -m, or leave them out")
         if run_config.task == "plan":
             from wanexp.plan_task import print_plan  # rich is slow to import
 

@@ -13,5 +13,9 @@ class KernelError(UserError):
     """A kernel asked for by name that these devices cannot run; a sweep records such a cell as `skipped`."""
 
 
+class RunFailed(Exception):
+    """A run that another launcher took to a process of its own ended badly; its record says the rest."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, of another model, or of a kind that is not supported."""
