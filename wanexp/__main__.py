@@ -148,9 +148,7 @@ def _run_hydra() -> tuple[int, Exception | None]:
     def job(config: DictConfig, sweep: SweepCell | None = None) -> Record | None:
         if sweep is not None:  # the launcher takes what it returns or raises
             return _execute(config, sweep)
-        if (
-            os.getpid() != own_process
-        ):  # another launcher, such as Slurm's: it hands back nothing but what is raised
+        if os.getpid() != own_process:  # another launcher's: only what is raised comes back
             record = _execute(config, None)
             if record is not None and record.exit_code():
                 raise RunFailed(f"{' '.join(record.overrides)}: {record.outcome}: {record.message}")
