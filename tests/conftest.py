@@ -1,7 +1,7 @@
 """What tests of the engine share: a run config small enough for a second a run."""
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -66,6 +66,17 @@ def fork_server() -> None:
         patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
         multiprocessing.set_forkserver_preload(["wanexp.preload"])
         forkserver.ensure_running()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the ranks have: more of them wait for each other, and on some processors add up in another order."""
+    import torch  # tests that decide without it start sooner
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

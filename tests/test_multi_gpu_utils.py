@@ -26,6 +26,8 @@ from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.safetensors_format import encode_header
 from wanexp.wan.write_checkpoint import write_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = WanArchitecture(
     dim=128, ffn_dim=256, num_heads=2, num_layers=4, in_channels=16, out_channels=16, text_dim=64, freq_dim=64
 )
@@ -52,15 +54,6 @@ def write_hollow(architecture: WanArchitecture, path: Path, dtype: str = "BF16")
         stream.write(header)
         stream.truncate(len(header) + num_bytes)
     return path
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small operators on shared cores: more threads wait for each other."""
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(number)
 
 
 @pytest.fixture(scope="module")

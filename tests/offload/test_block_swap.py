@@ -24,6 +24,8 @@ from wanexp.wan.transformer import WanTransformer, first_blocks
 from wanexp.wan.weights import RandomWeights
 from wanexp.wan.write_checkpoint import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 I2V = dataclasses.replace(SMALL, clip_tokens=257, clip_dim=20, in_channels=24)
 NUM_BLOCKS = SMALL.num_layers
@@ -39,14 +41,6 @@ def swapped(
     model = meta_model(architecture)
     swap = swap_blocks(model, blocks, device_of_block=lambda _: CPU, buffers=buffers)
     return load(model, RandomWeights(architecture), into=swap.into), swap
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- the same bits ---

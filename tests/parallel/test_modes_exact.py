@@ -25,6 +25,8 @@ from wanexp.parallel.traffic import fsdp_bytes, tensor_parallel_bytes
 from wanexp.planning.plan import make_plan
 from wanexp.workloads.sizes import latent_shape, num_tokens
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXACT = 1e-5
 ALL = [(ranks, name) for ranks, cases in CASES.items() for name in cases]
 
@@ -33,15 +35,6 @@ def job_of(case: Case, folder: Path) -> Job:
     folder.mkdir(exist_ok=True)
     plan = make_plan(case.config, cpu_devices(case.layout.num_devices))
     return Job(config=case.config, plan=plan, folder=folder, run_folder=folder, num_threads=1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the ranks have: with more, some processors add up in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 Result = tuple[Job, list[dict], dict]

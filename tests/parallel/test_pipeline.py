@@ -8,7 +8,6 @@ import copy
 import random
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -39,6 +38,8 @@ from wanexp.parallel.pipeline import (
 )
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.transformer import WanTransformer, first_blocks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUM_BLOCKS = 8
 SIZES = {"dim": 64, "num_heads": 2, "ffn_dim": 96, "num_layers": NUM_BLOCKS, "text_dim": 24, "text_len": 16}
@@ -211,15 +212,6 @@ def test_the_best_number_of_chunks_is_the_fastest(num_blocks, num_devices, seam_
 
 
 # --- the same bits as one device, on logical devices ---
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only cost time at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache
