@@ -1,7 +1,9 @@
 """Counts the bytes of live tensors on the CPU while real code runs: the yardstick of the memory model.
 
 Every storage that an operator returns is counted from then until it dies. What an operator allocates and frees inside
-itself is not seen; `F.rms_norm`, one kernel on GPUs but several operators on the CPU, is made to look like one.
+itself is not seen; `F.rms_norm`, one kernel on GPUs but several operators on the CPU, is made to look like one, and
+linear layers multiply in their own dtype, as on GPUs. Products and attention, most of the time, are not computed: what
+they return has the right size and any numbers.
 """
 
 import weakref
@@ -11,7 +13,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from wanexp.wan import linear
+
+NOT_COMPUTED = (
+    "mm",
+    "addmm",
+    "linear",
+    "scaled_dot_product_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -29,7 +42,8 @@ class LiveBytes(TorchDispatchMode):
             for leaf in tree_leaves((args, kwargs))
             if isinstance(leaf, torch.Tensor)
         }
-        result = func(*args, **(kwargs or {}))
+        is_computed = func.overloadpacket.__name__ not in NOT_COMPUTED
+        result = (func if is_computed else sized(func))(*args, **(kwargs or {}))
         if not self._is_paused:
             for leaf in tree_leaves(result):
                 if isinstance(leaf, torch.Tensor) and id(leaf.untyped_storage()) not in known:
@@ -58,10 +72,13 @@ class LiveBytes(TorchDispatchMode):
     def __enter__(self) -> "LiveBytes":
         self._rms_norm = F.rms_norm
         F.rms_norm = self._one_rms_norm
+        self._cpu_multiplies = linear.cpu_multiplies
+        linear.cpu_multiplies = lambda _dtype: True
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         F.rms_norm = self._rms_norm
+        linear.cpu_multiplies = self._cpu_multiplies
         super().__exit__(*exception)
 
     def _one_rms_norm(self, x: torch.Tensor, shape: Any, *, eps: float) -> torch.Tensor:
@@ -76,6 +93,16 @@ class LiveBytes(TorchDispatchMode):
             self._is_paused = before
         self._add(result.untyped_storage())
         return result
+
+
+def sized(func: Callable[..., Any]) -> Callable[..., Any]:
+    """`func` for the sizes of what it returns, on the CPU."""
+
+    def of_any_numbers(*args: Any, **kwargs: Any) -> Any:
+        result = func(*tree_map_only(torch.Tensor, lambda x: x.to("meta"), args), **kwargs)
+        return tree_map_only(torch.Tensor, lambda x: torch.empty_like(x, device="cpu"), result)
+
+    return of_any_numbers
 
 
 class _RmsNorm(torch.autograd.Function):

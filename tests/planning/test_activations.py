@@ -63,7 +63,8 @@ def test_forward_peak_is_that_of_the_real_transformer(name, per_token, dtype, gr
     arguments = (latent, timestep.flatten(1) if per_token else timestep[:, 1, 0])
     context = torch.randn(batch, arch.clip_tokens + arch.text_len, arch.dim).to(compute)
     with torch.inference_mode():
-        model(*arguments, image_latent=image, context=context)  # builds the RoPE tables
+        with LiveBytes():
+            model(*arguments, image_latent=image, context=context)  # builds the RoPE tables
         with LiveBytes() as tracker:
             model(*arguments, image_latent=image, context=context)
     sizes = Sizes(
@@ -128,7 +129,8 @@ def test_fused_peak_is_that_of_the_real_transformer(
     context = torch.randn(1, arch.clip_tokens + arch.text_len, arch.dim).bfloat16()
     release = fused.release
     with torch.inference_mode():
-        model(*arguments, image_latent=image, context=context)  # builds the RoPE tables
+        with LiveBytes():
+            model(*arguments, image_latent=image, context=context)  # builds the RoPE tables
         with LiveBytes() as tracker:
 
             def released(x: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
@@ -205,7 +207,8 @@ def test_backward_peak_is_that_of_the_real_transformer(name, grid, dtype, checkp
             flow = model(latent, torch.full((1,), 500.0), text)
         return torch.nn.functional.mse_loss(flow, latent)
 
-    loss().backward()  # leaves gradients, as DDP's buckets would, and the RoPE tables
+    with LiveBytes():
+        loss().backward()  # leaves gradients, as DDP's buckets would, and the RoPE tables
     with LiveBytes() as tracker:
         result = loss()
         tracker.peak = tracker.live

@@ -19,6 +19,7 @@ from wanexp.offload.quantize import QuantizedLinear, quantize_linears
 from wanexp.wan import fused
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.block import Attention, Fp32LayerNorm, RMSNorm, WanBlock, gated_add, modulated_norm, set_fused
+from wanexp.wan.linear import Linear
 from wanexp.wan.quantize_rows import E4M3, QuantizedInput, quantize, quantize_by_kernel
 from wanexp.wan.rope import apply_rope, rope_tables
 from wanexp.wan.transformer import WanTransformer
@@ -254,12 +255,12 @@ def test_gelu(dtype):
 @runs_kernels
 @EVERY_DTYPE
 def test_linear_gelu_of_a_plain_and_of_any_other_layer(dtype):
-    class Doubled(nn.Linear):
+    class Doubled(Linear):
         def forward(self, x):
             return 2 * super().forward(x)
 
     x = randn(2, 16, 64, dtype=dtype)
-    for kind, factor in ((nn.Linear, 1), (Doubled, 2)):
+    for kind, factor in ((Linear, 1), (Doubled, 2)):
         linear = kind(64, 96, dtype=dtype, device=DEVICE)
         expected = gelu(factor * nn.functional.linear(x, linear.weight, linear.bias), approximate="tanh")
         # A GELU in the epilogue sees what was not rounded yet.

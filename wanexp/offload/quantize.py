@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanexp.errors import UserError
@@ -24,6 +23,7 @@ from wanexp.offload.sizes import LINEARS
 from wanexp.wan import fused
 from wanexp.wan import quantize_rows as rows
 from wanexp.wan.block import SelfAttention
+from wanexp.wan.linear import linear
 from wanexp.wan.part import Part
 from wanexp.wan.quantize_rows import E4M3, FLOAT8_CAPABILITY, QuantizedInput
 from wanexp.wan.transformer import WanTransformer
@@ -85,7 +85,7 @@ class QuantizedLinear(nn.Module):
         """[..., in] -> [..., out] in the compute dtype. `fp8` takes activations that are quantised already, too."""
         if self.kind != "fp8":
             assert isinstance(x, Tensor)
-            return F.linear(x, self.dequantized(), self.bias)
+            return linear(x, self.dequantized(), self.bias)
         values, scales = x if isinstance(x, QuantizedInput) else quantize_input(x)
         out = float8_product(
             values.flatten(0, -2),

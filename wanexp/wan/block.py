@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from wanexp.wan import fused
 from wanexp.wan.architecture import NORM_EPS, WanArchitecture
 from wanexp.wan.attention import AttentionFunction, attention_function
+from wanexp.wan.linear import Linear
 from wanexp.wan.quantize_rows import QuantizedInput
 from wanexp.wan.rope import Rope, apply_rope
 
@@ -28,13 +29,6 @@ def set_fused(module: nn.Module, is_fused: bool) -> None:
     for part in module.modules():
         if hasattr(type(part), "is_fused"):
             part.is_fused = is_fused  # type: ignore[assignment]  # mypy takes it for a submodule
-
-
-class Fp32Linear(nn.Linear):
-    """A linear layer computed in fp32 whatever its weights are stored in; any float in, fp32 out."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class Fp32LayerNorm(nn.LayerNorm):
@@ -106,10 +100,10 @@ class Attention(nn.Module):
         super().__init__()
         dim = architecture.dim
         self.head_dim = architecture.head_dim
-        self.q = nn.Linear(dim, dim, dtype=dtype)
-        self.k = nn.Linear(dim, dim, dtype=dtype)
-        self.v = nn.Linear(dim, dim, dtype=dtype)
-        self.o = nn.Linear(dim, dim, dtype=dtype)
+        self.q = Linear(dim, dim, dtype=dtype)
+        self.k = Linear(dim, dim, dtype=dtype)
+        self.v = Linear(dim, dim, dtype=dtype)
+        self.o = Linear(dim, dim, dtype=dtype)
         self.norm_q = RMSNorm(dim, dtype)
         self.norm_k = RMSNorm(dim, dtype)
         self.attend = attention_function("auto")
@@ -151,8 +145,8 @@ class CrossAttention(Attention):
         self.clip_tokens = architecture.clip_tokens
         if self.clip_tokens:
             dim = architecture.dim
-            self.k_img = nn.Linear(dim, dim, dtype=dtype)
-            self.v_img = nn.Linear(dim, dim, dtype=dtype)
+            self.k_img = Linear(dim, dim, dtype=dtype)
+            self.v_img = Linear(dim, dim, dtype=dtype)
             self.norm_k_img = RMSNorm(dim, dtype)
 
     def forward(self, x: Tensor | QuantizedInput, context: Tensor) -> Tensor:
@@ -185,9 +179,9 @@ class FeedForward(nn.Sequential):
     def __init__(self, architecture: WanArchitecture, dtype: torch.dtype) -> None:
         dim, ffn_dim = architecture.dim, architecture.ffn_dim
         super().__init__(
-            nn.Linear(dim, ffn_dim, dtype=dtype),
+            Linear(dim, ffn_dim, dtype=dtype),
             nn.GELU(approximate="tanh"),
-            nn.Linear(ffn_dim, dim, dtype=dtype),
+            Linear(ffn_dim, dim, dtype=dtype),
         )
 
     def forward(self, x: Tensor | QuantizedInput) -> Tensor:

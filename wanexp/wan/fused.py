@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from wanexp.errors import KernelError, UserError
 from wanexp.wan import quantize_rows as rows
 from wanexp.wan.architecture import NORM_EPS
+from wanexp.wan.linear import Linear
 from wanexp.wan.operators import operator
 from wanexp.wan.quantize_rows import QuantizedInput
 from wanexp.wan.rope import Rope
@@ -201,7 +202,7 @@ def linear_gelu(
     `_addmm_activation` means the tanh form (aten/src/ATen/native/cuda/Blas.cpp), approximated to about the precision
     of 16 bits, and rounded once. Else after the product: in place, or on the way to float8.
     """
-    if type(linear) is nn.Linear and linear.bias is not None and _is_16_bits_on_gpu(x):
+    if type(linear) is Linear and linear.bias is not None and _is_16_bits_on_gpu(x):
         flat = x.reshape(-1, x.shape[-1])
         inner = torch._addmm_activation(linear.bias, flat, linear.weight.t(), use_gelu=True)
         inner = inner.view(*x.shape[:-1], -1)

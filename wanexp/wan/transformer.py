@@ -23,11 +23,11 @@ from wanexp.wan.block import (
     CrossAttention,
     FeedForward,
     Fp32LayerNorm,
-    Fp32Linear,
     WanBlock,
     modulated_norm,
     set_fused,
 )
+from wanexp.wan.linear import Fp32Linear, Linear, linear
 from wanexp.wan.rope import Rope, RopeCache
 
 IMAGE_NORM_EPS = 1e-5  # the norms of img_emb keep PyTorch's default, unlike all others
@@ -43,7 +43,7 @@ class Head(nn.Module):
         dim = architecture.dim
         self.modulation = nn.Parameter(torch.randn(1, 2, dim, dtype=dtype) / dim**0.5)
         patch_volume = PATCH_SIZE[0] * PATCH_SIZE[1] * PATCH_SIZE[2]
-        self.head = nn.Linear(dim, architecture.out_channels * patch_volume, dtype=dtype)
+        self.head = Linear(dim, architecture.out_channels * patch_volume, dtype=dtype)
 
     def forward(
         self, hidden_states: Tensor, time_vector: Tensor, timestep_index: Tensor | None = None
@@ -69,7 +69,7 @@ class PatchEmbedding(nn.Conv3d):
         patches = latent.to(self.weight.dtype)
         patches = patches.reshape(batch, channels, frames // pt, pt, height // ph, ph, width // pw, pw)
         patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-        return F.linear(patches, self.weight.flatten(1), self.bias)
+        return linear(patches, self.weight.flatten(1), self.bias)
 
 
 class ImageEmbedding(nn.Module):
@@ -80,9 +80,9 @@ class ImageEmbedding(nn.Module):
         clip_dim, dim = architecture.clip_dim, architecture.dim
         self.proj = nn.Sequential(
             Fp32LayerNorm(clip_dim, eps=IMAGE_NORM_EPS, dtype=dtype),
-            nn.Linear(clip_dim, clip_dim, dtype=dtype),
+            Linear(clip_dim, clip_dim, dtype=dtype),
             nn.GELU(),
-            nn.Linear(clip_dim, dim, dtype=dtype),
+            Linear(clip_dim, dim, dtype=dtype),
             Fp32LayerNorm(dim, eps=IMAGE_NORM_EPS, dtype=dtype),
         )
         self.emb_pos: nn.Parameter | None = None
@@ -139,9 +139,9 @@ class WanTransformer(nn.Module):
             architecture.in_channels, dim, kernel_size=PATCH_SIZE, stride=PATCH_SIZE, dtype=dtype
         )
         self.text_embedding = nn.Sequential(
-            nn.Linear(text_dim, dim, dtype=dtype),
+            Linear(text_dim, dim, dtype=dtype),
             nn.GELU(approximate="tanh"),
-            nn.Linear(dim, dim, dtype=dtype),
+            Linear(dim, dim, dtype=dtype),
         )
         self.time_embedding = nn.Sequential(
             Fp32Linear(freq_dim, dim, dtype=dtype), nn.SiLU(), Fp32Linear(dim, dim, dtype=dtype)
