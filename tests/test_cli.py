@@ -226,6 +226,23 @@ def test_a_user_error_is_one_line_on_stderr_and_code_2(cli, runner, arguments, p
     )
 
 
+@pytest.mark.parametrize("arguments", [["task=plan"], ["seed=-1"]])
+@pytest.mark.parametrize("folder", [".", "out", "made"])
+def test_what_is_no_run_removes_no_folder_but_its_own(cli, tmp_path, arguments, folder):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    cli("hardware=cpu", *arguments, f"hydra.run.dir={folder}")
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "out",
+        "out/mine",
+    ]
+
+
+def test_an_empty_working_folder_outlives_what_is_no_run(cli, tmp_path):
+    cli("hardware=cpu", "task=plan", "hydra.run.dir=.")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("folder", ["/proc/x", "file", "file/x", "x" * 300])
 @pytest.mark.parametrize("arguments", [["hydra.run.dir="], ["-m", "seed=1,2", "hydra.sweep.dir="]])
 def test_a_folder_that_cannot_be_written_is_one_line(cli, runner, tmp_path, folder, arguments):

@@ -48,6 +48,7 @@ def execute(run_config: Composer, tmp_path: Path):
     """Runs a config made of overrides; the record it leaves on disk."""
 
     def call(*overrides: str, sweep: SweepCell | None = None) -> Record:
+        (tmp_path / "run" / "record.json").unlink(missing_ok=True)
         record = run(run_config(*FEW, *overrides), folder=tmp_path / "run", overrides=overrides, sweep=sweep)
         on_disk = json.loads((tmp_path / "run" / "record.json").read_text())
         assert on_disk == json.loads(json.dumps(asdict(record)).replace("NaN", "null"))
@@ -176,6 +177,13 @@ def test_a_run_from_a_checkpoint(execute, run_config, tmp_path, layout, shards, 
     (source,) = record.effective["weights"]
     assert source["source"] != "random" and layout.split("_")[0] in json.dumps(source)
     assert record.requested["checkpoint"] == str(tmp_path / "checkpoint")
+
+
+def test_a_run_does_not_write_over_another(run_config, tmp_path):
+    (tmp_path / "record.json").write_text("{}")
+    with pytest.raises(UserError, match="already holds a run; write another folder"):
+        run(run_config(), folder=tmp_path)
+    assert (tmp_path / "record.json").read_text() == "{}"
 
 
 def test_weights_that_give_nan_are_no_result(execute, run_config, tmp_path):

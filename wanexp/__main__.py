@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from wanexp.compose_errors import explain
 from wanexp.config import conf_dir, register
 from wanexp.config_reading import to_run_config
 from wanexp.errors import RunFailed, UserError
-from wanexp.record import Record
+from wanexp.record import FILE_NAME, Record
 from wanexp.sweep import SweepCell, outer_rank
 from wanexp.sweep.launcher import SweepLauncher, sweep_exit_code
 from wanexp.sweep.plugin import register_launcher
@@ -197,9 +197,12 @@ def _execute(config: DictConfig, sweep: SweepCell | None) -> Record | None:
 
 
 def _discard_empty_run(folder: Path, output_subdir: str | None) -> None:
-    """Remove the folder that Hydra made for what came to no run, if it holds nothing else: no log, no record."""
-    if [path.name for path in folder.iterdir()] in ([], [output_subdir]):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove what Hydra wrote for what came to no run, and its folder, if that holds nothing else."""
+    if output_subdir and not (folder / FILE_NAME).exists():  # of an earlier run
+        shutil.rmtree(folder / output_subdir, ignore_errors=True)
+    if not Path.cwd().is_relative_to(folder):  # hydra.run.dir=.
+        with suppress(OSError):  # not empty
+            folder.rmdir()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("record", type=Path, help="a record.json, or its folder")
     parser.add_argument("overrides", nargs="*", help="what to change, such as workload.num_steps=1")
     parser.add_argument("--folder", type=Path, help="of the new run; default: a new one under multirun/runs")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         old = read_record(options.record)
         config = run_config_from_dict(changed(old.requested, options.overrides))

@@ -68,6 +68,8 @@ def run(
     if outer_rank():  # under an outer torchrun rank 0 alone owns the folder, the record and MLflow
         return follow_rank_zero(config, record)
     folder = folder.resolve()
+    if sweep is None and (folder / FILE_NAME).exists():
+        raise UserError(f"{folder} already holds a run; write another folder, or delete that one")
     folder.mkdir(parents=True, exist_ok=True)
     console = Console()
     try:

@@ -145,7 +145,7 @@ def test_rerun_takes_changes_and_records_them(working_folder: Path, monkeypatch:
     requested = to_dict(compose_run("seed=3"))
     make_record(requested=requested, overrides=["seed=3"]).write(working_folder)
     changes = ["workload.num_steps=1", "gpus=[1]", "checkpoint=null"]
-    assert rerun.main(["record.json", *changes]) == 0
+    assert rerun.main(["record.json", "--folder", "again", *changes]) == 0
     assert seen == [(1, [1], None, ["seed=3", *changes])]
 
 
