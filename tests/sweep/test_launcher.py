@@ -17,6 +17,7 @@ from wanexp.sweep.files import FolderLock
 from wanexp.sweep.forecast import Forecast
 from wanexp.sweep.launcher import sweep_exit_code
 from wanexp.sweep.plugin import gpu_counts
+from wanexp.tracking.mlflow_store import Tracked
 
 
 class Fakes:
@@ -59,6 +60,9 @@ def fakes(monkeypatch, tmp_path):
 
     vars(console)["Console"] = Console
     monkeypatch.setattr("wanexp.report.compose.draw", lambda *_: [])  # figures take seconds
+    monkeypatch.setattr(
+        "wanexp.report.summary.track_summary", lambda *_: Tracked(None, [])
+    )  # as a database does
     monkeypatch.setitem(sys.modules, "wanexp.runner", runner)
     monkeypatch.setitem(sys.modules, "wanexp.terminal.console", console)
     monkeypatch.chdir(tmp_path)
