@@ -9,7 +9,9 @@ import psutil
 import torch
 
 from tests.faults import _in_step_of
+from wanexp import rank_process
 from wanexp.__main__ import main
+from wanexp.job import Job
 
 
 def fail() -> None:
@@ -19,6 +21,16 @@ def fail() -> None:
 def never_arrive() -> None:
     if os.environ["RANK"] == "1":
         time.sleep(600)
+
+
+def cannot_write() -> None:
+    """As where rank 0's folder is none that this machine can make."""
+    if os.environ["RANK"] == "1":
+
+        def refuse(_job: Job, _rank: int) -> None:
+            raise PermissionError(13, "Permission denied", "/home/a")
+
+        rank_process.event_path = refuse  # type: ignore[assignment]
 
 
 def have_another_torch() -> None:
@@ -41,7 +53,11 @@ IN_A_STEP = {
     "hangs": (1, lambda: time.sleep(600)),
     "its_machine_dies": (1, kill_the_machine),
 }
-AT_THE_START = {"never_arrives": never_arrive, "has_another_torch": have_another_torch}
+AT_THE_START = {
+    "never_arrives": never_arrive,
+    "cannot_write": cannot_write,
+    "has_another_torch": have_another_torch,
+}
 
 if __name__ == "__main__":
     fault = sys.argv.pop(1)

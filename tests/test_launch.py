@@ -148,6 +148,15 @@ def test_a_stuck_rank_is_named_by_the_stall_limit_though_others_wait_in_a_collec
         assert "Current thread" in stacks and frame in stacks, stacks
 
 
+def test_limits_hold_where_nobody_reads_the_output(job, monkeypatch):
+    def reader_is_gone(_event) -> None:
+        raise SystemExit(1)  # as rich does
+
+    monkeypatch.setattr(launch_module.worker, "main", faults.hangs)
+    launched = launch(limited(job, stall_s=2.0), on_event=reader_is_gone)
+    assert launched.outcome == "timeout" and "rank 1 fell silent first" in launched.message
+
+
 def test_a_rank_that_hangs_while_loading(job, launch_as):
     launched = launch_as(faults.hangs_while_loading, limited(job, stall_s=2.0))
     assert launched.outcome == "timeout"

@@ -8,11 +8,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from tests.conftest import TINY
+from tests.test_launch import make_job
+from wanexp.outer_watcher import OuterWatcher
 from wanexp.record import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,6 +157,30 @@ def test_a_rank_of_another_machine_that_hangs_is_named_within_the_stall_limit(tw
     assert f"rank 1 on {socket.gethostname()}-1 holds up the others" in record.message
     assert "limits.stall_s" in record.message and ended.codes == (1, 1)
     assert_nobody_is_left(ended)
+
+
+def test_a_machine_that_cannot_write_is_named(two_machines):
+    ended = two_machines(*RING, program=faulty("cannot_write"), ranks=1)
+    assert ended.record.outcome == "failed" and ended.codes == (1, 1), ended.outputs
+    name = f"{socket.gethostname()}-1"
+    expected = f"on {name}: rank 1: PermissionError: [Errno 13] Permission denied: '/home/a'"
+    assert ended.record.message == expected
+    assert ended.seconds < 60
+    assert_nobody_is_left(ended)
+
+
+def test_a_report_that_comes_with_the_end_counts(run_config, tmp_path):
+    """The end of a rank is looked at before its events."""
+    own = SimpleNamespace(exit_code=None, new_events=list)
+
+    def collect() -> list[dict]:
+        own.exit_code, own.new_events = 0, lambda: [{"kind": "report", "rank": 0, "time": 1.0}]
+        return []
+
+    meeting = SimpleNamespace(collect=collect)
+    watcher = OuterWatcher(make_job(run_config(), tmp_path), meeting, own, lambda _event: None)
+    assert watcher.poll() == [] and watcher.exit_codes == {}
+    assert [event["kind"] for event in watcher.poll()] == ["report"] and watcher.exit_codes == {}
 
 
 def test_a_rank_that_never_arrives_is_named_within_the_stall_limit(two_machines):

@@ -104,7 +104,7 @@ def meet(timeout_s: float) -> Meeting:
 
 
 def parent_event(rank: int, kind: str, **fields: Any) -> Event:
-    """An event of the parent of `rank`: `exit` with the code of the rank, `present` with the orders carried out."""
+    """An event of the parent of `rank`: `exit` with its code, `present` with the orders carried out, or an `error`."""
     return {"kind": kind, "rank": rank, "time": time.time(), **fields}
 
 

@@ -64,6 +64,7 @@ class OuterWatcher(Watcher):
 
     def poll(self) -> list[Event]:
         """New events of all ranks; those of their parents are taken in here."""
+        code = self._own.exit_code  # before its last events: a report may be among them
         try:
             events = self._own.new_events() + self._meeting.collect()
         except dist.DistNetworkError:
@@ -71,7 +72,7 @@ class OuterWatcher(Watcher):
             self.lost = f"torchrun's store on {where} is gone; was that machine, or its torchrun, ended?"
             return []
         told = set(self.heard.reports) | {event["rank"] for event in self.heard.errors}
-        if (code := self._own.exit_code) is not None:
+        if code is not None:
             events.append(parent_event(0, "exit", code=code))
         told |= {event["rank"] for event in events if event["kind"] in ("report", "error")}
         for event in events:
