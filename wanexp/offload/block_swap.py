@@ -98,7 +98,7 @@ class BlockSwap:
         return sum(ring.num_late for ring in self.rings.values())
 
     def stall_s(self) -> float:
-        """Seconds since `reset` (of the last few thousand uses) that devices waited for copies, added up."""
+        """Seconds since `reset` that devices waited for copies, added up."""
         return sum(ring.stall_s() for ring in self.rings.values())
 
     @property

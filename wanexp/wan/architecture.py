@@ -4,6 +4,7 @@ Sizes are those of the published Wan 2.1 and 2.2 configurations; the tensor name
 checkpoints.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -105,10 +106,10 @@ class WanArchitecture:
         yield from ((name, shape) for name, shape in outer.items() if name.startswith("head."))
 
     def num_block_parameters(self) -> int:
-        return sum(_volume(shape) for shape in self.block_shapes().values())
+        return sum(math.prod(shape) for shape in self.block_shapes().values())
 
     def num_outer_parameters(self) -> int:
-        return sum(_volume(shape) for shape in self.outer_shapes().values())
+        return sum(math.prod(shape) for shape in self.outer_shapes().values())
 
     def num_parameters(self) -> int:
         return self.num_outer_parameters() + self.num_layers * self.num_block_parameters()
@@ -132,10 +133,3 @@ class WanArchitecture:
         linear = 2 * num_tokens * (6 * self.dim**2 + 2 * self.dim * self.ffn_dim)
         attention = 4 * num_tokens * (num_tokens + context) * self.dim
         return self.num_layers * (linear + attention)
-
-
-def _volume(shape: tuple[int, ...]) -> int:
-    volume = 1
-    for size in shape:
-        volume *= size
-    return volume

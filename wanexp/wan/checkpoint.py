@@ -386,8 +386,8 @@ def _heads_from_config(path: Path, dim: int) -> int | None:
         raise CheckpointError(
             f"{path} says {num_heads!r} heads, which does not fit the checkpoint's dim {dim}"
         )
-    head_dim = config.get("attention_head_dim", dim // num_heads)
-    if head_dim * num_heads != dim:
+    head_dim = config.get("attention_head_dim")
+    if head_dim not in (None, dim // num_heads):
         raise CheckpointError(
             f"{path} says {num_heads} heads of {head_dim!r}, but the checkpoint's dim is {dim}"
         )

@@ -72,7 +72,7 @@ def _read_index(path: Path) -> dict[str, Path]:
         sane = (
             isinstance(table, dict)
             and table
-            and all(isinstance(name, str) and tensor.isprintable() for tensor, name in table.items())
+            and all(isinstance(name, str) and (tensor + name).isprintable() for tensor, name in table.items())
         )
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error

@@ -23,6 +23,7 @@ from wanexp.errors import CheckpointError
 from wanexp.wan.part import Part
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_AXES = 8
 SHORT_ROW_BYTES = 2**20
 
 TORCH_DTYPES = {
@@ -194,7 +195,7 @@ def encode_header(
     position = 0
     starts = {}
     for name, dtype, shape in sorted(entries, key=lambda entry: -_ITEM_BYTES[entry[1]]):
-        num_bytes = _volume(shape) * _ITEM_BYTES[dtype]
+        num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
         content[name] = {
             "dtype": dtype,
             "shape": list(shape),
@@ -239,14 +240,15 @@ def _stored_tensor(file: Path, name: str, entry: Any, data_start: int) -> Stored
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, start, end]
-        sane = isinstance(dtype, str) and all(type(number) is int and number >= 0 for number in numbers)
+        sane = isinstance(dtype, str) and dtype.isprintable() and len(dtype) <= 16 and len(shape) <= MAX_AXES
+        sane = sane and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
     except (KeyError, TypeError, ValueError):
         sane = False
     if not sane:
         raise CheckpointError(
             f"{file} is damaged: its header does not describe {name} (dtype, shape, offsets)"
         )
-    if dtype in _ITEM_BYTES and _volume(shape) * _ITEM_BYTES[dtype] != end - start:
+    if dtype in _ITEM_BYTES and math.prod(shape) * _ITEM_BYTES[dtype] != end - start:
         raise CheckpointError(
             f"{file} is damaged: {name} is {dtype} {list(shape)} but has {end - start} bytes in the header"
         )
@@ -267,10 +269,3 @@ def _check_places(file: Path, tensors: dict[str, StoredTensor], file_bytes: int)
             f"{file} is truncated: it has {file_bytes} bytes of {previous_end}; {len(beyond)} tensors are "
             f"incomplete, such as {beyond[0]}; download or copy it again"
         )
-
-
-def _volume(shape: tuple[int, ...] | list[int]) -> int:
-    volume = 1
-    for size in shape:
-        volume *= size
-    return volume
