@@ -273,7 +273,7 @@ def test_plan_table_of_8_gpus_is_a_row_a_mode_and_four_hybrids(width):
     assert sum("x " in row and row.startswith("hybrid") for row in rows) == 4
     assert ("throughput, training" in text) == (width == 120), "what it buys, where there is room"
     assert "more layouts were weighed; plan_json=true has all." in " ".join(text.split())
-    assert "Best for latency  parallelism=hybrid parallelism.ulysses=4" in text
+    assert "Best for latency  kernels=torch parallelism=hybrid parallelism.ulysses=4" in text
 
 
 @WIDTHS
@@ -289,7 +289,7 @@ def test_plan_table_marks_the_layout_asked_for(width):
     text = plan_text(width, "2x_rtx4090", "parallelism=block_distribution")
     (row,) = (line for line in text.splitlines() if "asked for" in line)
     assert row.startswith("block_distribution x 2  ") and row.rstrip().endswith("fits, asked for")
-    assert "Asked for         parallelism=block_distribution 'gpus=[0,1]'" in text
+    assert "Asked for         kernels=torch parallelism=block_distribution 'gpus=[0,1]'" in text
 
 
 @WIDTHS
@@ -303,7 +303,7 @@ def test_plan_table_of_logical_devices_counts_the_host_once_and_claims_no_speed(
     assert "data_parallel x 2: needs 58.7 GiB of host memory, 40.0 free" in words
     (row,) = (line for line in text.splitlines() if "asked for" in line and "x 2" in line)
     assert row.split()[-6:] == ["58.7", "?", "?", "no,", "asked", "for"]
-    assert "Ranked first  parallelism=none 'gpus=[0]'" in text and "Best" not in text
+    assert "Ranked first  kernels=torch parallelism=none 'gpus=[0]'" in text and "Best" not in text
     assert "no rates are known for these devices" in words and "best" not in text.split("Shown:")[0]
 
 
@@ -339,6 +339,27 @@ def test_sweep_table(width):
     assert ["data_parallel", "1", "finished", "8.20", "1,421.2"] in rows
     assert "none, 2 devices: skipped: mode none uses one device" in screen.text()
     assert "video=480p" not in screen.text()  # the same in all cells
+
+
+@WIDTHS
+def test_sweep_table_says_over_how_many_blocks_an_answer_was_compared(width):
+    cells = [
+        record(
+            overrides=[f"parallelism={mode}"],
+            requested={"model": {"architecture": {"num_layers": 40}}},
+            effective={"mode": mode},
+            outcome="finished",
+            metrics=METRICS | {"parity/bit_equal": 1.0, "parity/num_blocks": compared},
+        )
+        for mode, compared in (("block_distribution", 4.0), ("cfg_parallel", 40.0))
+    ]
+    screen = Screen(width)
+    screen.console.sweep_table(cells)
+    assert [row[-1] for row in screen.rows() if row and "finished" in row] == ["bit-equal*", "bit-equal"]
+    assert "* over the first 4 of 40 blocks" in screen.text().splitlines()
+    whole = Screen(width)
+    whole.console.sweep_table(cells[1:])
+    assert "*" not in whole.text()
 
 
 def test_sweep_table_breaks_no_name_of_a_mode():

@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import TINY
 from wanexp.record import Record, read_record
+from wanexp.sweep import sweep_name_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -80,7 +81,7 @@ def test_the_sweep_of_the_issue(command, tmp_path):
     }
     for folder, outcome in cells(tmp_path, "issue").items():
         record = read_record(tmp_path / "multirun" / "issue" / folder)
-        assert (record.outcome, record.sweep_id) == (outcome, "issue")
+        assert (record.outcome, sweep_name_of(record.sweep_id)) == (outcome, "issue")
         assert record.metrics.get("parity/bit_equal", 1.0) == 1.0
         assert ("parity/rel_l2" in record.metrics) == (outcome == "finished" and "none" not in folder)
 

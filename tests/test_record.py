@@ -18,6 +18,24 @@ def test_read_back(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == [FILE_NAME]
 
 
+def test_addresses_lose_their_passwords(tmp_path: Path) -> None:
+    """In a record that is made, and in one that an older version wrote."""
+    words = [
+        '+x={uri: "postgresql://bob:s3\'cr@t@host/db"}',
+        "x=http\\://bob\\:s3cret@host",
+        "y=sqlite:////a@b",
+        "a@b",
+    ]
+    record = make_record(command=["python", *words], overrides=words)
+    assert record.requested["tracking"]["uri"] == "http://server:5000"
+    assert record.overrides == ['+x={uri: "postgresql://host/db"}', "x=http\\://host", *words[2:]]
+    assert record.command == ["python", *record.overrides]
+    document = json.loads(record.write(tmp_path).read_text())
+    document["command"] = ["tracking.uri=http://bob:s3cret@host"]
+    (tmp_path / FILE_NAME).write_text(json.dumps(document))
+    assert read_record(tmp_path).command == ["tracking.uri=http://host"]
+
+
 def test_a_failed_write_leaves_the_old_record(tmp_path: Path) -> None:
     make_record().write(tmp_path)
     with pytest.raises(TypeError):

@@ -16,12 +16,13 @@ from tests import faults
 from tests.conftest import CLIP, PER_TOKEN, TWO_EXPERTS, Composer, cpu_devices
 from wanexp import launch as launch_module
 from wanexp.errors import UserError
+from wanexp.hardware.devices import Device
 from wanexp.job import Job
 from wanexp.measure import parity
 from wanexp.parallel.layout import Layout
 from wanexp.planning.plan import make_plan
 from wanexp.record import SCHEMA_VERSION, Record, read_record
-from wanexp.runner import NO_KERNEL, compare_with_reference, effective_settings, run
+from wanexp.runner import NO_KERNEL, compare_with_reference, effective_settings, prepare, run
 from wanexp.sweep import SweepCell
 from wanexp.wan.flash_attention import CannotRun
 from wanexp.wan.weights import RandomWeights
@@ -218,6 +219,22 @@ def test_profile_leaves_a_trace_and_a_table(execute, tmp_path):
     for name in record.artifacts:
         assert (tmp_path / "run" / name).stat().st_size > 1000
     assert "aten::" in (tmp_path / "run" / "profile" / "kernels_rank1.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "peak_tflops"),
+    [
+        (("precision=bf16",), 989),
+        (("precision=fp32",), None),
+        (("precision=fp8",), None),
+        (("precision=bf16", "attention=fa3_fp8"), None),
+        (("precision=int8_weight",), 989),  # multiplied in bf16
+    ],
+)
+def test_the_peak_that_mfu_is_of(run_config, monkeypatch, overrides, peak_tflops):
+    gpu = Device("cuda", 0, "NVIDIA H200", 2**37, 2**37, compute_capability=(9, 0))
+    monkeypatch.setattr("wanexp.runner.find_devices", lambda _: (gpu,))
+    assert prepare(run_config(*overrides), in_sweep=False).peak_tflops == peak_tflops
 
 
 def test_auto_compares_the_first_blocks_where_all_would_take_too_long(execute, monkeypatch, tmp_path):

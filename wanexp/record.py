@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wanexp.errors import UserError
+from wanexp.tracking.location import without_password
 
 SCHEMA_VERSION = 1
 FILE_NAME = "record.json"
@@ -30,10 +31,10 @@ OUTCOMES = (
 class Record:
     """One run.
 
-    requested: the composed config. effective: what really ran (mode, layout, attention, precision, device_type,
-    devices). metrics: name -> number, names grouped for MLflow's charts. samples: raw timings, one entry a step.
-    telemetry: series of the NVML sampler, `gpu0/power_w` -> [[seconds since the start, value], ...].
-    artifacts: files of the run's folder worth keeping, relative to it.
+    requested: the composed config; its addresses lose their passwords, like those of command and overrides. effective:
+    what really ran (mode, layout, attention, precision, device_type, devices). metrics: name -> number, names grouped
+    for MLflow's charts. samples: raw timings, one entry a step. telemetry: series of the NVML sampler, `gpu0/power_w`
+    -> [[seconds since the start, value], ...]. artifacts: files of the run's folder worth keeping, relative to it.
     """
 
     run_id: str
@@ -61,6 +62,10 @@ class Record:
     artifacts: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
+    def __post_init__(self) -> None:
+        for name in ("requested", "command", "overrides"):
+            setattr(self, name, _without_passwords(getattr(self, name)))
+
     def exit_code(self) -> int:
         """0 finished or skipped, 130 interrupted, 1 any other."""
         return {"finished": 0, "skipped": 0, "interrupted": 130}.get(self.outcome, 1)
@@ -72,6 +77,14 @@ class Record:
         draft.write_text(json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n")
         draft.replace(path)
         return path
+
+
+def _without_passwords(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_passwords(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_passwords(item) for item in value]
+    return without_password(value) if isinstance(value, str) else value
 
 
 def _finite(value: Any) -> Any:

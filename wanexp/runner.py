@@ -7,11 +7,13 @@ import dataclasses
 import math
 import os
 import secrets
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,7 @@ from wanexp.job import Job
 from wanexp.measure.environment import host_environment
 from wanexp.measure.results import host_warning, latency_metrics, run_metrics, step_seconds
 from wanexp.measure.statistics import noise_warning, summarise_samples
-from wanexp.planning.plan import Plan, is_lossy_run, parity_tolerance, reference_plan
+from wanexp.planning.plan import LOSSY_ATTENTIONS, Plan, is_lossy_run, parity_tolerance, reference_plan
 from wanexp.planning.planner import cap_memory
 from wanexp.planning.preflight import Preflight, preflight
 from wanexp.record import FILE_NAME, Record
@@ -111,7 +113,8 @@ def run(
         (folder / "parity.safetensors").unlink(missing_ok=True)
     record.ended = _now()
     try:
-        path = record.write(folder)
+        with _signals_ignored():
+            path = record.write(folder)
     except OSError as error:  # such as a full disk
         console.end_table(record)
         with suppress(OSError):
@@ -126,6 +129,20 @@ def run(
     if config.tracking.enabled:
         console.tracking_lines(track(record, folder, config.tracking).lines)
     return record
+
+
+@contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """A second Ctrl-C does not cost the record."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: one that is not Python's
 
 
 def follow_rank_zero(config: RunConfig, record: Record) -> Record:
@@ -191,8 +208,11 @@ def prepare(config: RunConfig, *, in_sweep: bool) -> Prepared:
         from wanexp.wan.weights import open_weights  # imports torch, so late
 
         open_weights(config.checkpoint, config.model.architecture, num_experts=config.model.num_experts)
-    half = config.precision.dtype in ("bfloat16", "float16")
-    return Prepared(plan, checked, profile.bf16_tflops if profile and half else None, notes, remark, machines)
+    # Products of 8 bits have another peak; weights alone in 8 bits are widened, and multiplied in 16.
+    in_8_bits = config.precision.linear == "fp8" or config.attention in LOSSY_ATTENTIONS
+    in_16_bits = config.precision.dtype in ("bfloat16", "float16") and not in_8_bits
+    peak_tflops = profile.bf16_tflops if profile and in_16_bits else None
+    return Prepared(plan, checked, peak_tflops, notes, remark, machines)
 
 
 def execute(config: RunConfig, prepared: Prepared, record: Record, folder: Path, console: Console) -> None:

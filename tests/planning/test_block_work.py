@@ -80,6 +80,31 @@ def test_named_kernels_of_attention_count_with_their_speed():
     assert step_s("attention=auto") == fa3, "which the profile of an H200 is of"
     assert step_s("attention=sdpa_cudnn") - fa3 == pytest.approx(3.08 - 2.51, rel=0.01)
     assert step_s("attention=sdpa_flash") > 1.2 * step_s("attention=sdpa_cudnn")
+    assert step_s("attention=sdpa_efficient") - fa3 == pytest.approx(10.27 - 2.51, rel=0.01), "at 174 TFLOP/s"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "hardware", "is_known"),
+    [
+        ("auto", "2x_h200", True),
+        ("sdpa_efficient", "2x_h200", True),
+        ("sdpa_math", "2x_h200", False),
+        ("auto", "2x_rtx4090", True),
+        ("sdpa_flash", "2x_rtx4090", True),
+        ("sdpa_efficient", "2x_rtx4090", False),
+        ("sdpa_math", "2x_rtx4090", False),
+    ],
+)
+def test_no_time_is_predicted_by_a_kernel_that_nobody_has_measured(kernel, hardware, is_known):
+    candidate = judged("1.3b", "parallelism=cfg_parallel", f"attention={kernel}", hardware=hardware)
+    assert candidate.time and candidate.time.is_known is is_known
+    assert (candidate.summary()["step_ms"] is not None) is is_known
+
+
+def test_fp32_is_timed_by_the_kernel_that_auto_takes():
+    for kernel, is_known in (("auto", True), ("sdpa_efficient", True), ("sdpa_math", False)):
+        found = kernels_of(composed("precision=fp32", f"attention={kernel}"), gpu(0, 140), "fa3")
+        assert (found.attention_speed, found.is_known) == (1, is_known)
 
 
 @pytest.mark.parametrize(

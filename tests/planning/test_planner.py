@@ -410,6 +410,7 @@ def test_without_rates_the_order_says_so_and_a_ranking_by_memory_needs_none():
     assert "no rates are known" in planned("model=tiny", devices=devices).note
     assert planned("model=tiny", "objective=memory", devices=devices).note == ""
     assert planned("model=tiny", "hardware=2x_h200").note == ""
+    assert "with this attention" in planned("model=tiny", "hardware=2x_h200", "attention=sdpa_math").note
     assert "no rates are known" in checked("model=tiny", "parallelism=auto", devices=devices).note
     assert checked("model=tiny", devices=devices[:1]).note == ""
 

@@ -100,7 +100,9 @@ def test_a_plan_of_defaults_says_nothing_of_the_host(capsys):
         (["precision.linear=int8_weight", "precision.residual_fp32=true"], None),
         (["precision=fp8", "precision.linear=dtype"], None),
         (["workload.guidance_scale=[1]"], "'workload.guidance_scale=[1]'"),
-        (["workload=train", "workload.guidance_scale=[1]"], ""),
+        (["workload=train", "workload.guidance_scale=[1]"], "workload=train"),
+        (["workload=train", "workload.batch_size=2", "workload.activation_checkpointing=false"], None),
+        (["attention=sdpa_flash", "kernels=torch", "transport=collectives", "ffn_chunks=8"], None),
     ],
 )
 def test_settings_that_are_not_the_default(overrides, written):
@@ -112,7 +114,7 @@ def test_a_plan_of_training_says_what_it_ranks_by(capsys):
     plan_task.print_plan(composed("task=plan", "hardware=4x_rtx3080", "workload=train"))
     out = capsys.readouterr().out
     assert "Ranked by     throughput: in training nobody waits for one sample" in out
-    assert "Best for throughput  parallelism=distributed" in out
+    assert "Best for throughput  workload=train parallelism=distributed" in out
 
 
 def test_a_plan_is_no_cell_of_a_sweep(tmp_path):

@@ -81,11 +81,11 @@ def test_a_latency_mode_is_never_compared_with_a_step_of_replicas() -> None:
     assert answers.verdicts(cells) == {}
     fastest = dict(answers.answers(cells))["Fastest"]
     assert fastest.startswith("cfg_parallel, 2 GPUs") and "data_parallel" not in fastest
-    assert "(no speed-up: mode none did not finish)" in fastest
+    assert "(no speed-up: no run of mode none finished)" in fastest
     latency = named(cells, "cfg_parallel, 2 GPUs")
     assert answers.baseline_of(latency, cells, "data_parallel") is None
     said = dict(answers.answers(cells, "data_parallel"))["Fastest"]
-    assert "no speed-up: data_parallel did not finish, or makes several samples a step" in said
+    assert "no speed-up: no run of data_parallel finished, or it makes several samples a step" in said
     chosen = answers.baseline_of(latency, cells, "block_distribution")
     assert chosen is named(cells, "block_distribution, 2 GPUs")
 

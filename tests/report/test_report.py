@@ -109,12 +109,26 @@ def test_the_tables_mark_what_is_not_credible_and_have_no_exponents() -> None:
 
 
 @pytest.mark.usefixtures("without_figures")
+def test_the_tables_say_over_how_many_blocks_an_answer_was_compared() -> None:
+    records = [record_of(mode, 2) for mode in ("data_parallel", "cfg_parallel", "context_parallel")]
+    for record, compared in zip(records, (4.0, 4.0, 40.0), strict=True):
+        record.requested["model"]["architecture"] = {"num_layers": 40}
+        record.metrics["parity/num_blocks"] = compared
+    records[1].metrics["parity/same_kernels"] = 0.0
+    page = page_of([*records, record_of("tensor_parallel", 2)])
+    assert "| bit-equal, 4 of 40 blocks |" in page
+    assert "| 0.003, 4 of 40 blocks, other kernels |" in page
+    assert page.count("| 0.003 |") == 2, "over all blocks, and of a record that does not say"
+
+
+@pytest.mark.usefixtures("without_figures")
 def test_the_page_says_which_baseline_is_missing() -> None:
     modes = [("data_parallel", 2), ("block_distribution", 2), ("cfg_parallel", 2), ("block_distribution", 4)]
     page = page_of([record_of(mode, count) for mode, count in modes])
-    assert "Cells of one sample a step without a speed-up have no baseline: mode none did not finish." in page
+    assert "sample a step without a speed-up have no baseline: no run of mode none finished." in page
     (row,) = [line for line in page.splitlines() if line.startswith("| block_distribution, 2 GPUs | fin")]
     assert "baseline" in row, "of the one on four GPUs"
+    assert "No run of mode none finished, so the base is the cell with the fewest devices that did." in page
     (row,) = [line for line in page.splitlines() if line.startswith("| cfg_parallel, 2 GPUs | fin")]
     assert "x |" not in row and "baseline" not in row
 
@@ -312,17 +326,21 @@ def test_the_command_of_one_cell_has_nothing_of_the_sweep_but_its_file() -> None
 
 @pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [("s", "resume=true"), (None, "sweep_name=2026-11-26_20-00-00 resume=true")],
+    ("name", "suffix", "expected"),
+    [
+        ("s", "-3f9a1c", "resume=true"),
+        (None, "-3f9a1c", "sweep_name=2026-11-26_20-00-00 resume=true"),
+        (None, "", "sweep_name=2026-11-26_20-00-00 resume=true"),  # of an older version
+    ],
 )
 def test_a_sweep_that_is_not_whole_says_what_runs_the_rest(
-    name: str | None, expected: str, tmp_path: Path
+    name: str | None, suffix: str, expected: str, tmp_path: Path
 ) -> None:
     folder = write_sweep(tmp_path / "s", small_sweep())
     document = {
         "state": "interrupted",
         "name": name,
-        "sweep_id": "2026-11-26_20-00-00",
+        "sweep_id": "2026-11-26_20-00-00" + suffix,
         "command": ["python", "-m", "wanexp", "-m", "gpus=[0],[0,1]", "resume=true"],
     }
     sweep = replace(read_sweep(folder), document=document)

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import re
+import shutil
 import sys
 from types import ModuleType
 
@@ -13,6 +15,7 @@ from wanexp.config import MODES, conf_dir, to_dict
 from wanexp.errors import LayoutError, UserError
 from wanexp.hardware.telemetry import ForeignProcess
 from wanexp.record import Record, read_record
+from wanexp.sweep import sweep_name_of
 from wanexp.sweep.files import FolderLock
 from wanexp.sweep.forecast import Forecast
 from wanexp.sweep.launcher import sweep_exit_code
@@ -102,7 +105,8 @@ def test_a_grid_runs_in_order_in_named_folders(sweep, fakes, tmp_path):
         "003_distributed_2gpus",
     ]
     cells = [call["sweep"] for call in fakes.calls]
-    assert [(cell.sweep_id, cell.index, cell.count) for cell in cells] == [("grid", i, 4) for i in range(4)]
+    assert [(cell.index, cell.count) for cell in cells] == [(i, 4) for i in range(4)]
+    assert {cell.sweep_id for cell in cells} == {sweep_file(folder)["sweep_id"]}
     assert [call["folder"] for call in fakes.calls] == [folder / name for name in folders(folder)]
     assert [call["config"].gpus for call in fakes.calls] == [[0], [0, 1], [0], [0, 1]]
     assert fakes.calls[1]["overrides"] == [
@@ -127,7 +131,8 @@ def test_sweep_json_is_kept_up_to_date(sweep, fakes, tmp_path):
     assert [cell["outcome"] for cell in fakes.at_call[2]["cells"]] == ["finished", "finished", None, None]
     assert fakes.at_call[2]["ended"] is None
     document = sweep_file(tmp_path / "multirun" / "grid")
-    assert (document["sweep_id"], document["name"], document["state"]) == ("grid", "grid", "finished")
+    assert re.fullmatch(r"grid-[0-9a-f]{6}", document["sweep_id"])
+    assert (document["name"], document["state"]) == ("grid", "finished")
     assert document["started"] <= document["ended"]
     entry = document["cells"][3]
     assert len(entry.pop("cell")) == 16 and entry.pop("predicted_s") > 0 and entry.pop("seconds") >= 0
@@ -150,6 +155,7 @@ def test_sweep_json_is_kept_up_to_date(sweep, fakes, tmp_path):
     assert own.pop("cell") and own == {key: entry[key] for key in ("index", "repeat", "overrides")}
     progress = json.loads((tmp_path / "multirun" / "grid" / "progress.json").read_text())
     assert (progress["state"], progress["counts"]["finished"], progress["current"]) == ("finished", 4, None)
+    assert progress["sweep_id"] == document["sweep_id"]
 
 
 def test_without_a_name_a_sweep_is_called_by_its_time(sweep, fakes, tmp_path):
@@ -157,7 +163,8 @@ def test_without_a_name_a_sweep_is_called_by_its_time(sweep, fakes, tmp_path):
     (folder,) = (tmp_path / "multirun").iterdir()
     assert folder.name[:2] == "20" and not set("[], :") & set(folder.name)
     assert folders(folder) == ["000_none_1gpu", "001_none_1gpu"]
-    assert {call["sweep"].sweep_id for call in fakes.calls} == {folder.name}
+    (sweep_id,) = {call["sweep"].sweep_id for call in fakes.calls}
+    assert sweep_name_of(sweep_id) == folder.name
 
 
 def test_the_named_sweeps(sweep, fakes, tmp_path):
@@ -255,7 +262,8 @@ def test_a_cell_with_an_invalid_config_fails_alone(sweep, fakes, tmp_path, capsy
     assert sweep("-m", "seed=-1,2", "sweep_name=s", "tracking=none") == 1
     assert [call["config"].seed for call in fakes.calls] == [2]
     record = read_record(tmp_path / "multirun" / "s" / "000_none_1gpu")
-    assert (record.outcome, record.message, record.sweep_id) == ("failed", "seed is -1; write 0 or more", "s")
+    assert (record.outcome, record.message) == ("failed", "seed is -1; write 0 or more")
+    assert record.sweep_id == sweep_file(tmp_path / "multirun" / "s")["sweep_id"]
     assert record.requested["seed"] == -1 and record.overrides == ["seed=-1", "sweep_name=s", "tracking=none"]
     assert (tmp_path / "multirun" / "s" / "000_none_1gpu" / ".hydra" / "config.yaml").exists()
     cells = sweep_file(tmp_path / "multirun" / "s")["cells"]
@@ -381,6 +389,96 @@ def test_a_sweep_does_not_write_over_another(sweep, fakes, tmp_path, capsys):
     assert "already holds a sweep; add resume=true" in capsys.readouterr().err
     assert sweep_file(tmp_path / "multirun" / "s") == before
     assert len(fakes.calls) == 2
+
+
+def test_two_sweeps_of_a_name_have_two_ids_and_a_resumed_one_keeps_its_own(sweep, fakes, tmp_path):
+    words = ["-m", "seed=1,2", "sweep_name=s", "hardware=cpu", "tracking=none"]
+    folder = tmp_path / "multirun" / "s"
+    assert sweep(*words) == 0
+    first = sweep_file(folder)["sweep_id"]
+    shutil.rmtree(folder)
+    fakes.endings, fakes.writes = {0: UserError("no")}, True
+    assert sweep(*words) == 1
+    second = sweep_file(folder)["sweep_id"]
+    assert first != second and sweep_name_of(first) == sweep_name_of(second) == "s"
+    assert sweep(*words, "resume=true") == 1
+    (folder / "sweep.json").unlink()  # the record of the cell that failed has it too
+    assert sweep(*words, "resume=true") == 1
+    assert sweep_file(folder)["sweep_id"] == second
+    older = sweep_file(folder) | {"sweep_id": "s"}
+    (folder / "sweep.json").write_text(json.dumps(older))
+    assert sweep(*words, "resume=true") == 1
+    assert sweep_file(folder)["sweep_id"] == "s"
+
+
+@pytest.mark.parametrize(
+    ("subdir", "words"),
+    [
+        ("${parallelism.mode}", "error: cells 0 seed=0 and 1 seed=1 share the folder {sweep}/none; leave"),
+        ("x/../${model.name}", "error: cells 0 seed=0 and 1 seed=1 share the folder {sweep}/tiny; leave"),
+        (
+            ".",
+            "error: the folder of cell 0, {sweep}, is not right below {sweep}; leave hydra.sweep.subdir out",
+        ),
+        ("..", "error: the folder of cell 0, {sweep}/.., is not right below {sweep}; leave"),
+        ("../x${seed}", "error: the folder of cell 0, {sweep}/../x0, is not right below"),
+        ("/tmp/x${seed}", "error: the folder of cell 0, /tmp/x0, is not right below"),
+        ("${parallelism.mode}/${seed}", "error: the folder of cell 0, {sweep}/none/0, is not right below"),
+    ],
+)
+def test_each_cell_has_a_folder_of_its_own_in_the_sweeps(sweep, fakes, tmp_path, capsys, subdir, words):
+    folder = tmp_path / "multirun" / "s"
+    asked = ["-m", "seed=0,1", "sweep_name=s", "hardware=cpu", "tracking=none", "repeats=2"]
+    assert sweep(*asked, f"hydra.sweep.subdir='{subdir}'") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(words.format(sweep=folder)) and err.count("\n") == 1
+    assert not fakes.calls and not folder.exists()
+
+
+def test_cells_may_have_other_folders_than_ours(sweep, fakes, tmp_path):
+    folder = tmp_path / "multirun" / "s"
+    asked = ["-m", "seed=0,1", "sweep_name=s", "hardware=cpu", "tracking=none", "repeats=2"]
+    assert sweep(*asked, "hydra.sweep.subdir='${hydra.job.num}_${parallelism.mode}'") == 0
+    assert folders(folder) == ["0_none", "0_none_repeat2", "1_none", "1_none_repeat2"]
+
+
+def test_a_batch_does_not_write_over_an_earlier_one(sweep, fakes, tmp_path, capsys):
+    words = ["-m", "hardware=cpu", "tracking=none", "sweep_name=s", "hydra.sweeper.max_batch_size=1"]
+    assert sweep(*words, "seed=0,1", "hydra.sweep.subdir='${parallelism.mode}'") == 1
+    assert "the sweep stopped: cells 0 seed=0 and 1 seed=1 share the folder" in capsys.readouterr().err
+    document = sweep_file(tmp_path / "multirun" / "s")
+    assert (document["state"], len(document["cells"]), len(fakes.calls)) == ("stopped", 1, 1)
+
+
+def test_a_later_batch_leaves_what_an_earlier_one_took_over(sweep, fakes, tmp_path):
+    words = ["-m", "hardware=cpu", "tracking=none", "sweep_name=s", "hydra.sweeper.max_batch_size=1"]
+    fakes.writes = True
+    assert sweep(*words, "seed=1,2") == 0
+    fakes.calls.clear()
+    assert sweep(*words, "seed=2,1,3", "resume=true") == 0
+    assert sweep(*words, "seed=2,3", "resume=true") == 0, "whose cell 1 has the number of one that is kept"
+    assert sweep(*words, "seed=2,4", "resume=true") == 0
+    records = {
+        path.parent.name: read_record(path) for path in (tmp_path / "multirun" / "s").glob("*/record.json")
+    }
+    assert sorted(record.requested["seed"] for record in records.values()) == [1, 2, 3, 4]
+
+
+def test_no_file_of_a_sweep_of_ours_has_the_password_of_the_store(sweep, fakes, tmp_path):
+    fakes.writes, fakes.endings = True, {1: RuntimeError("ours")}
+    words = ["-m", "seed=1,2", "sweep_name=s", "hardware=cpu", "tracking.enabled=false", "limits.run_s=1"]
+    assert sweep(*words, "tracking.uri=http://bob:s3cret@host") == 1
+    assert fakes.calls[0]["config"].tracking.uri == "http://bob:s3cret@host"
+    assert sweep(*words, "tracking.uri=http://bob:other@host", "resume=true") == 1
+    assert [call["config"].seed for call in fakes.calls] == [1, 2, 2], "a password makes no other cell"
+    folder = tmp_path / "multirun" / "s"
+    of_hydra = {".hydra", "multirun.yaml"}
+    files = [path for path in folder.rglob("*") if path.is_file() and not of_hydra & set(path.parts)]
+    assert {"sweep.json", "cell.json", "record.json", "runs.json"} <= {path.name for path in files}
+    for path in files:
+        text = path.read_text(errors="replace")
+        assert "s3cret" not in text and "other@" not in text, path
+    assert "tracking.uri=http://host" in sweep_file(folder)["command"]
 
 
 def test_exit_codes():

@@ -71,7 +71,7 @@ def test_progress_json_tells_the_phase_of_the_run_under_way(tmp_path):
     runs = [make_run(tmp_path, 0, "finished", seconds=2.0), make_run(tmp_path, 1), make_run(tmp_path, 2)]
     out = io.StringIO()
     (runs[1].folder / "ranks").mkdir(parents=True)
-    with LiveSweep(tmp_path, runs, stdout=out) as live:
+    with LiveSweep(tmp_path, runs, sweep_id="s-3f9a1c", stdout=out) as live:
         with live.showing(runs[1]):
             EventLog(runs[1].folder / "ranks", 0).progress("measure", 3, 4)
             live._keep_progress()
@@ -83,7 +83,7 @@ def test_progress_json_tells_the_phase_of_the_run_under_way(tmp_path):
     assert (current["folder"], current["phase"], current["done"], current["total"]) == (
         "001_none_1gpu", "measure", 3, 4
     )  # fmt: skip
-    assert progress["pid"] == os.getpid()
+    assert (progress["sweep_id"], progress["pid"]) == ("s-3f9a1c", os.getpid())
     assert 2 < progress["eta_s"] <= 4 and progress["memory_gib"] == {}
     after = json.loads((tmp_path / "progress.json").read_text())
     assert (after["state"], after["current"], after["counts"]["failed"]) == ("interrupted", None, 1)
@@ -98,7 +98,7 @@ def test_progress_json_tells_the_phase_of_the_run_under_way(tmp_path):
 def test_a_terminal_gets_one_table_and_the_runs_own_words_go_to_a_file(tmp_path, capsys):
     runs = [make_run(tmp_path, 0, "finished", seconds=2.0), make_run(tmp_path, 1)]
     out = Terminal()
-    with LiveSweep(tmp_path, runs, stdout=out) as live, live.showing(runs[1]):
+    with LiveSweep(tmp_path, runs, sweep_id="s", stdout=out) as live, live.showing(runs[1]):
         print("what the run says")
     assert "what the run says" in (runs[1].folder / "console.log").read_text()
     assert "what the run says" not in out.getvalue() + capsys.readouterr().out

@@ -171,11 +171,23 @@ def test_description_of_a_finished_run() -> None:
     assert text.startswith(first)
     assert "| gpu1 | NVIDIA H200 | 6.9 GiB | 3.4 GiB |  |" in text
     assert "| rank0 |  |  |  | 2.1 GiB |" in text
-    assert "bit-equal" in text
+    assert "| Answer against mode none | bit-equal |" in text
     assert "scripts/rerun.py a/record.json" in text
     assert "the clocks \\| were throttled" in text
     assert "python -m wanexp parallelism=block_distribution 'gpus=[0,1]'" in text
     assert "No GPU" not in text
+
+
+def test_description_says_over_how_many_blocks_the_answer_was_compared() -> None:
+    record = make_record()
+    record.requested["model"]["architecture"]["num_layers"] = 40
+    for error, compared, said in (
+        (0.0, 4.0, "bit-equal, 4 of 40 blocks"),
+        (0.003, 4.0, "relative L2 0.003, 4 of 40 blocks"),
+        (0.003, 40.0, "relative L2 0.003"),
+    ):
+        record.metrics |= {"parity/rel_l2": error, "parity/num_blocks": compared}
+        assert f"| Answer against mode none | {said} |" in description(record, rerun="x")
 
 
 def test_description_says_that_there_was_no_gpu() -> None:

@@ -20,7 +20,7 @@ from tests.tracking.records import make_record, write_run
 from wanexp.config import TrackingConfig
 from wanexp.record import OUTCOMES, read_record
 from wanexp.tracking import mlflow_store
-from wanexp.tracking.client import import_client
+from wanexp.tracking.client import import_client, one_line, store_options
 from wanexp.tracking.mlflow_store import Tracked, artifact_files, track
 
 
@@ -291,6 +291,52 @@ def test_a_lone_record_gets_its_files(sqlite_uri: str, working_folder: Path) -> 
     assert json.loads(Path(local).read_text())["run_id"] == make_record().run_id
     config = client.download_artifacts(run.info.run_id, "config.yaml", str(working_folder))
     assert yaml.safe_load(Path(config).read_text()) == make_record().requested
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_no_password_is_uploaded(sqlite_uri: str, working_folder: Path, many: bool) -> None:
+    """Not even of what Hydra and older versions wrote."""
+    folder, uri = working_folder / "run", "http://bob:s3cret@host"
+    command = ["python", "-m", "wanexp", f"tracking.uri={uri}"]
+    record = write_run(folder, make_record(command=command, overrides=command[3:]))
+    (folder / ".hydra" / "config.yaml").write_text(f"tracking:\n  uri: {uri}\n")
+    text = (folder / "record.json").read_text()
+    (folder / "record.json").write_text(text.replace("uri=http://host", f"uri={uri}"))
+    client_of(sqlite_uri).search_experiments()
+    assert track(record, folder, TrackingConfig(), many=many).state == "logged"
+    (run,) = runs_in(sqlite_uri)
+    assert "tracking.uri=http://host" in run.data.tags["mlflow.note.content"]
+    files = [path for path in (working_folder / "mlruns").rglob("*") if path.is_file()]
+    assert {"record.json", "config.yaml"} <= {path.name for path in files}
+    for said in (str(run.data.to_dictionary()), *(path.read_text() for path in files)):
+        assert "s3cret" not in said
+    assert read_record(next(path for path in files if path.name == "record.json")) == record
+
+
+def test_commands_and_errors_have_no_password() -> None:
+    tracking = TrackingConfig(uri="http://bob:s3cret@host", experiment="other")
+    assert store_options(tracking) == ["--uri", "http://host", "--experiment", "other"]
+    error = ConnectionError("API request to http://bob:s3cret@host/api failed")
+    assert one_line(error) == "ConnectionError: API request to http://host/api failed"
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("wanexp", "wanexp"),
+        ("two words, 100 %", "two words, 100 %"),
+        ("../../up", ".._.._up"),
+        ("/up", "_up"),
+        ("..", "_"),
+    ],
+)
+def test_artifacts_lie_below_mlruns_whatever_the_experiment(
+    sqlite_uri: str, working_folder: Path, name: str, folder: str
+) -> None:
+    tracked = track(make_record(), working_folder, TrackingConfig(experiment=name))
+    assert tracked.state == "logged", tracked.lines
+    assert [path.name for path in (working_folder / "mlruns").iterdir()] == [folder]
+    assert len(list((working_folder / "mlruns" / folder).glob("*/artifacts/record.json"))) == 1
 
 
 def test_a_config_outside_of_the_folder_is_not_read(sqlite_uri: str, working_folder: Path) -> None:

@@ -73,7 +73,7 @@ def test_import_makes_one_summary_a_sweep(
     assert experiment.tags[tag] == state and 'sweep_id = \\"s\\"' in state
     order = json.loads(state)
     assert (order["orderByKey"], order["orderByAsc"]) == ("metrics.`throughput/videos_per_hour`", False)
-    assert "its 2 fastest cells, one sample a step, side by side: http" in said
+    assert "its 2 fastest cells (one sample a step), compared: http" in said
 
     assert import_records.main(["multirun"]) == 0  # again: the summaries are replaced
     second = {run.data.tags[SUMMARY_TAG]: run for run in summaries(sqlite_uri)}
@@ -164,6 +164,27 @@ def test_a_sweep_comes_back_whole(
         fetch_sweep("nothing", TrackingConfig(uri=server, experiment="fetch"))
     with pytest.raises(UserError, match="there is no experiment other"):
         fetch_sweep("back", TrackingConfig(uri=server, experiment="other"))
+
+
+def test_sweeps_of_one_name_stay_apart(
+    sqlite_uri: str, working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = ["s-111111", "s-222222", "s_2-333333", "old"]
+    for place, sweep_id in enumerate(ids):
+        folder = write_sweep(working_folder / str(place) / "s", records(sweep_id))
+        document = json.loads((folder / "sweep.json").read_text())
+        (folder / "sweep.json").write_text(json.dumps(document | {"sweep_id": sweep_id}))
+    assert import_records.main(["0", "1", "2", "3"]) == 0
+    assert sorted(run.data.tags[SUMMARY_TAG] for run in summaries(sqlite_uri)) == sorted(ids)
+    capsys.readouterr()
+    assert command.main(["--mlflow", "s"]) == 2
+    assert (
+        capsys.readouterr().err == "error: 2 sweeps are called s; write the id of one: s-111111, s-222222\n"
+    )
+    for asked, sweep_id in (("s-222222", "s-222222"), ("s_2", "s_2-333333"), ("old", "old")):
+        sweep = fetch_sweep(asked, TrackingConfig())
+        assert sweep.sweep_id == sweep_id and {record.sweep_id for record in sweep.records} == {sweep_id}
+        assert len(sweep.records) == 7
 
 
 def test_a_description_fits_whatever_the_sweep(working_folder: Path) -> None:

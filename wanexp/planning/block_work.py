@@ -7,16 +7,21 @@ from wanexp.hardware.devices import Device
 from wanexp.planning.activations import Sizes
 
 # Self-attention of 32,760 tokens and 40 heads by each kernel over that by cuDNN at 580 TFLOP/s: measured on H200 on
-# 2026-11-22, fa3_fp8 without its quantisation. A profile's `attention_tflops` is of its `attention_kernel`.
+# 2026-11-22, fa3_fp8 without its quantisation; sdpa_efficient by the probes in docs/results/layouts_2gpus.json (171 of
+# 568 TFLOP/s) and h100.json (171 of 564). A profile's `attention_tflops` is of its `attention_kernel`.
 ATTENTION_SPEED = {
     "sdpa_cudnn": 1.0,
     "sdpa_flash": 0.63,
+    "sdpa_efficient": 0.30,
     "fa3": 711 / 580,
     "fa4": 1.19,
     "fa3_fp8": 1.60,
 }
 # What auto takes where these cannot be had: in training, for they have no backward pass, and in fp16
 BF16_FORWARD_ONLY, INSTEAD = ("fa3", "fa3_fp8", "fa4"), "sdpa_cudnn"
+FP32_KERNEL = "sdpa_efficient"  # what auto takes in fp32
+# Off Hopper nobody has measured how slow these are; the others count alike there.
+SLOW_KERNELS = ("sdpa_efficient", "sdpa_math")
 FP8_SPEED = 1.88  # of float8 products over 16-bit ones at Wan shapes, measured likewise
 FP8_CAPABILITY = (8, 9)
 FUSED_CAPABILITY = (8, 0)
@@ -27,14 +32,16 @@ HOPPER = (9, 0)
 class Kernels:
     """What a block computes with on one device.
 
-    attention_speed, linear_speed: over the profile's rates. writes_float8: fused kernels quantise what they write for
-    float8 layers. has_float8_attention: q, k and v are quantised first.
+    attention_speed, linear_speed: over the profile's rates. is_known: False where nobody has measured the attention
+    kernel, which counts like the profile's. writes_float8: fused kernels quantise what they write for float8 layers.
+    has_float8_attention: q, k and v are quantised first.
     """
 
     is_fused: bool = False
     linear: str = "dtype"
     linear_speed: float = 1.0
     attention_speed: float = 1.0
+    is_known: bool = True
     writes_float8: bool = False
     has_float8_attention: bool = False
 
@@ -54,17 +61,29 @@ def kernels_of(config: RunConfig, device: Device, profiled: str = DeviceProfile.
     has_fp8 = device.type == "cuda" and capability is not None and capability >= FP8_CAPABILITY
     is_hopper = device.type == "cuda" and (capability is None or capability >= HOPPER)
     has_ratios = is_hopper and dtype != "float32"
-    base = ATTENTION_SPEED.get(profiled, 1.0)
+    base = FP32_KERNEL if dtype == "float32" else profiled
+    speed = _attention_speed(attention, base, has_ratios=has_ratios)
     is_fused = wants_fused and config.workload.name == "denoise"
     is_fp8 = config.precision.linear == "fp8" and has_fp8
     return Kernels(
         is_fused=is_fused,
         linear=config.precision.linear,
         linear_speed=FP8_SPEED if is_fp8 else 1.0,
-        attention_speed=ATTENTION_SPEED.get(attention, base) / base if has_ratios else 1.0,
+        attention_speed=1.0 if speed is None else speed,
+        is_known=speed is not None,
         writes_float8=is_fused and is_fp8,
         has_float8_attention=attention == "fa3_fp8",
     )
+
+
+def _attention_speed(attention: str, profiled: str, *, has_ratios: bool) -> float | None:
+    """Of a kernel over the profiled one; None where nobody has measured it."""
+    if attention in ("auto", profiled):
+        return 1.0
+    if not has_ratios:
+        return None if attention in SLOW_KERNELS else 1.0
+    speed, base = ATTENTION_SPEED.get(attention), ATTENTION_SPEED.get(profiled)
+    return speed / base if speed and base else None
 
 
 def block_flops(s: Sizes) -> tuple[int, int]:

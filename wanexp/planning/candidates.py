@@ -15,8 +15,8 @@ from wanexp.planning.time import TimePrediction
 SHOWN_HYBRIDS = 4
 EQUAL = 0.01  # of what is predicted
 UNKNOWN_RATES = (
-    "no rates are known for these devices: layouts are ranked as on a generic one, and no times predicted; "
-    "scripts/calibrate.py measures the rates"
+    "no rates are known for these devices with this attention: layouts are ranked by generic ones, and no times "
+    "predicted; scripts/calibrate.py measures those of attention=auto"
 )
 
 

@@ -100,7 +100,10 @@ class Rates:
 
 @dataclass(frozen=True)
 class TimePrediction:
-    """is_known: False where a rate is a generic one, which serves to rank layouts and for nothing else."""
+    """is_known: False where a rate is a generic one, which serves to rank layouts and for nothing else.
+
+    So it is where the attention kernel's speed was never measured.
+    """
 
     forward_s: float
     step_s: float
@@ -256,7 +259,11 @@ def predict_time(config: RunConfig, plan: Plan, profiles: Sequence[DeviceProfile
     if config.workload.name == "train":
         rank = plan.ranks[slowest]
         step_s = _train_step(config, plan, rank, forward_s, rates[rank.devices[0]])
-    return TimePrediction(forward_s, step_s, seam_s, is_known=all(rate.is_known for rate in rates))
+    is_known = all(
+        rate.is_known and kernels_of(config, device, rate.attention_kernel).is_known
+        for device, rate in zip(plan.devices, rates, strict=True)
+    )
+    return TimePrediction(forward_s, step_s, seam_s, is_known)
 
 
 def _rates(config: RunConfig, plan: Plan, profiles: Sequence[DeviceProfile | None]) -> list[Rates]:

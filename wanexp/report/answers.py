@@ -106,8 +106,8 @@ def verdicts(cells: Sequence[Cell], wanted: str | None = None) -> dict[int, Agai
 def no_base(wanted: str | None = None) -> str:
     """Why a cell of one sample a step is compared with nothing."""
     if wanted is None:
-        return "mode none did not finish"
-    return f"{wanted} did not finish, or makes several samples a step"
+        return "no run of mode none finished"
+    return f"no run of {wanted} finished, or it makes several samples a step"
 
 
 def gain(base: Cell, cell: Cell) -> float:

@@ -16,6 +16,7 @@ from wanexp.errors import UserError
 from wanexp.record import FILE_NAME, Record, read_record
 from wanexp.report.cells import Cell, Run, Sweep
 from wanexp.tracking import describe
+from wanexp.tracking.location import without_password
 
 SWEEP_FILE = "sweep.json"
 MAX_POINTS = 400  # of a memory series
@@ -45,7 +46,7 @@ def read_sweep(folder: Path) -> Sweep:
     document: dict[str, Any] = {}
     if (folder / SWEEP_FILE).is_file():
         try:
-            document = json.loads((folder / SWEEP_FILE).read_text())
+            document = json.loads(without_password((folder / SWEEP_FILE).read_text()))
         except ValueError as error:
             raise UserError(f"{folder / SWEEP_FILE} is not readable: {error}") from None
     entries = entries_of(document)

@@ -29,17 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "sweep", nargs="?", type=Path, help="folder of a sweep, multirun/NAME, or a tree of records"
     )
-    parser.add_argument("--mlflow", metavar="SWEEP_ID", help="take the sweep from MLflow instead of a folder")
-    parser.add_argument("--against", metavar="SWEEP", help="an older sweep: its folder, or its id in MLflow")
-    parser.add_argument("--baseline", help="the cell to compare with, by label or mode; default: mode none")
+    parser.add_argument("--mlflow", metavar="NAME", help="take the sweep of this name or id from MLflow")
     parser.add_argument(
-        "--out", type=Path, help="default: the folder of the sweep; from MLflow report_SWEEP_ID"
+        "--against", metavar="SWEEP", help="an older sweep: its folder, or its name in MLflow"
     )
+    parser.add_argument("--baseline", help="the cell to compare with, by label or mode; default: mode none")
+    parser.add_argument("--out", type=Path, help="default: the folder of the sweep; from MLflow report_NAME")
     parser.add_argument("--uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else mlflow.db here")
     parser.add_argument("--experiment", default=TrackingConfig.experiment, help="default: %(default)s")
     options = parser.parse_args(arguments)
     if (options.sweep is None) == (options.mlflow is None):
-        parser.error("write the folder of a sweep, or --mlflow and its id")
+        parser.error("write the folder of a sweep, or --mlflow and its name")
     tracking = TrackingConfig(uri=options.uri, experiment=options.experiment)
     try:
         sweep = read_sweep(options.sweep) if options.sweep else _from_mlflow(options.mlflow, tracking)
@@ -82,14 +82,14 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 
 
 def _older(name: str, tracking: TrackingConfig) -> Sweep:
-    """A sweep by its folder, else by its id in MLflow."""
+    """A sweep by its folder, else by its name or id in MLflow."""
     return read_sweep(Path(name)) if Path(name).is_dir() else _from_mlflow(name, tracking)
 
 
-def _from_mlflow(sweep_id: str, tracking: TrackingConfig) -> Sweep:
+def _from_mlflow(name: str, tracking: TrackingConfig) -> Sweep:
     from wanexp.report.fetch import fetch_sweep  # mlflow takes seconds to import
 
-    return fetch_sweep(sweep_id, tracking)
+    return fetch_sweep(name, tracking)
 
 
 if __name__ == "__main__":

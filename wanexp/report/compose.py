@@ -15,6 +15,7 @@ from wanexp.report.modes import LATENCY, THROUGHPUT
 from wanexp.report.page import Block, Code, Heading, Picture, Table, Terms, Text
 from wanexp.report.runs import runs_document
 from wanexp.report.tables import cell_tables
+from wanexp.sweep import sweep_name_of
 from wanexp.tracking.describe import plural
 from wanexp.tracking.location import tool_command
 
@@ -240,7 +241,7 @@ def resume_command(document: Mapping[str, Any]) -> str:
     words = [str(word) for word in document.get("command") or ["python", "-m", "wanexp"]]
     words = [word for word in words if word.partition("=")[0] != "resume"]
     if document.get("name") is None:
-        words.append(f"sweep_name={document.get('sweep_id')}")
+        words.append(f"sweep_name={sweep_name_of(str(document.get('sweep_id')))}")
     return shlex.join([*words, "resume=true"])
 
 

@@ -91,7 +91,7 @@ def _track_summary(sweep: Sweep, report: Report, folder: Path, tracking: Trackin
         if address := link(uri, experiment_id, sweep_view_key(sweep.sweep_id)):
             lines.append(f"  {what}: {address}")
     if len(best) > 1 and (address := compare_link(uri, experiment_id, best)):
-        lines.append(f"  its {len(best)} fastest cells, {KIND_IN_WORDS[kind]}, side by side: {address}")
+        lines.append(f"  its {len(best)} fastest cells ({KIND_IN_WORDS[kind]}), compared: {address}")
     return Tracked(url, lines, "logged")
 
 

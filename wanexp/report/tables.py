@@ -8,7 +8,7 @@ from wanexp.report.drawing import NOT_RUN
 from wanexp.report.machine import joined
 from wanexp.report.modes import KIND_IN_WORDS, LATENCY
 from wanexp.report.page import Block, Heading, Table, Text
-from wanexp.tracking.describe import number, plural
+from wanexp.tracking.describe import compared_blocks, number, plural, present
 
 INTERVAL_NOTE = (
     "Intervals are 95 % bootstrap intervals of the median: over the medians of the runs where a cell has three or "
@@ -43,7 +43,7 @@ def _remarks(bases: Sequence[Cell], alone: Sequence[Cell], baseline: str | None)
     if bases:
         yield f"Compared with {'; '.join(sorted({base.label for base in bases}))}."
     if bases and baseline is None and not any(base.mode == "none" for base in bases):
-        yield "Mode none did not finish, so the base is the cell with the fewest devices that did."
+        yield "No run of mode none finished, so the base is the cell with the fewest devices that did."
     if any(cell.kind == LATENCY for cell in alone):
         yield f"Cells of one sample a step without a speed-up have no baseline: {answers.no_base(baseline)}."
     yield INTERVAL_NOTE
@@ -130,10 +130,13 @@ def _peaks(cell: Cell) -> str:
 
 
 def _parity(cell: Cell) -> str:
+    """`bit-equal`, `0.0031, 4 of 40 blocks`."""
     value = cell.metric("parity/rel_l2")
-    if not value:
-        return "" if value is None else "bit-equal"
-    return f"{value:.2g}" + ("" if cell.metric("parity/same_kernels") in (None, 1) else ", other kernels")
+    if value is None:
+        return ""
+    distance = f"{value:.2g}" if value else "bit-equal"
+    others = "other kernels" if value and cell.metric("parity/same_kernels") not in (None, 1) else ""
+    return ", ".join(present(distance, compared_blocks(cell.record), others))
 
 
 def _loading(cell: Cell) -> str:

@@ -1,6 +1,7 @@
 """From the overrides of a cell to a run that is checked, forecast and fingerprinted, but not started."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from wanexp.planning.plan import Plan
 from wanexp.sweep import fingerprint
 from wanexp.sweep.forecast import Forecaster
 from wanexp.sweep.run import SweepRun
+from wanexp.tracking.location import without_password
 
 
 class CellComposer:
@@ -36,8 +38,8 @@ class CellComposer:
         outer = hydra_config.cfg
         hydra_config.set_config(config)  # for ${hydra:...}
         try:
-            folder = self._folder / str(config.hydra.sweep.subdir)
-            own = list(config.hydra.overrides.task)
+            folder = self._folder / os.path.normpath(str(config.hydra.sweep.subdir))
+            own = [without_password(word) for word in config.hydra.overrides.task]
             run = SweepRun(index, 1, own, config=config, settings=None, error=None, folder=folder)
             run.settings = to_run_config(_without_hydra(config))
             self._look_ahead(run, run.settings)

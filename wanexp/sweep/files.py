@@ -4,7 +4,7 @@
 had from the runs' own folders.
 
     schema_version  2
-    sweep_id        name of the folder; `sweep_id` of the records
+    sweep_id        name of the folder and six hex digits, kept on resume=true; `sweep_id` of the records
     name            sweep_name, or null
     state           running, finished, interrupted, stopped (it could not go on; `reason` says why)
     reason          "" or one line

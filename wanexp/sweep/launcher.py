@@ -29,8 +29,9 @@ from wanexp.errors import UserError
 from wanexp.record import FILE_NAME, Record, read_record
 from wanexp.sweep import files, resume
 from wanexp.sweep.no_run import Skip, record_of_error
-from wanexp.sweep.order import can_run, schedule
-from wanexp.sweep.run import SweepCell, SweepRun, outer_rank
+from wanexp.sweep.order import can_run, check_folders, schedule
+from wanexp.sweep.run import SweepCell, SweepRun, new_sweep_id, outer_rank
+from wanexp.tracking.location import without_password
 
 if TYPE_CHECKING:
     from wanexp.sweep.compose import CellComposer
@@ -49,6 +50,7 @@ class SweepLauncher(Launcher):
         self.runs: list[SweepRun] = []
         self.started = _now()
         self.state, self.reason = "running", ""
+        self._owners: dict[Path, SweepRun] = {}  # of the folders, as composed
         self._earlier: list[resume.Earlier] = []
         self._superseded: list[str] = []
         self._lock: files.FolderLock | None = None
@@ -61,6 +63,7 @@ class SweepLauncher(Launcher):
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
         self.folder = Path(str(config.hydra.sweep.dir)).absolute()
         self.existed = self.folder.exists()
+        self.sweep_id = new_sweep_id(self.folder.name)
         if outer_rank() is not None:
             raise UserError(
                 "a sweep starts processes of its own; run it without torchrun, or one run without -m"
@@ -92,10 +95,17 @@ class SweepLauncher(Launcher):
         errors = [cell.error for cell in cells if cell.error is not None]
         if errors and not any(map(can_run, cells)) and not self.runs:
             raise UserError(errors[0] + (" (other cells: other errors)" if len(set(errors)) > 1 else ""))
+        runs = schedule(cells, order=str(self.config.sweep_order), repeats=int(self.config.repeats))
+        try:
+            check_folders(runs, self.folder, self._owners)
+        except UserError as error:
+            if not self.runs:
+                raise
+            self.state, self.reason = "stopped", str(error)  # earlier batches have run
+            return []
         results: list[JobReturn] = []
         try:
             self._open()
-            runs = schedule(cells, order=str(self.config.sweep_order), repeats=int(self.config.repeats))
             self._take_over(runs)
             self.runs += runs
             self._write()
@@ -165,19 +175,22 @@ class SweepLauncher(Launcher):
         except UserError:  # another sweep began in it since `setup`
             self.existed = True
             raise
-        live = LiveSweep(self.folder, self.runs)
+        notes: list[str] = []
         if files.holds_a_sweep(self.folder):
             self._earlier, document, notes = resume.find_earlier(self.folder)
             self._superseded = [str(run_id) for run_id in document.get("superseded") or []]
-            for note in notes:
-                live.note(f"note: {note}")
+            self.sweep_id = resume.earlier_id(document, self._earlier) or self.sweep_id
+        live = LiveSweep(self.folder, self.runs, sweep_id=self.sweep_id)
+        for note in notes:
+            live.note(f"note: {note}")
         self._live = self._stack.enter_context(live)
 
     def _take_over(self, runs: Sequence[SweepRun]) -> None:
         """Keep what an earlier invocation finished, put aside what is run again, mend MLflow. Raises OSError."""
-        if not self._earlier:
+        if not self._earlier and not self.config.resume:
             return
-        replaced, self._earlier = resume.take_over(runs, self._earlier)
+        taken = {run.folder for run in self.runs}  # by earlier batches
+        replaced, self._earlier = resume.take_over(runs, self._earlier, taken)
         self._superseded += [old.run_id for old in replaced if old.run_id]
         self._write()  # with the ids, before the records that have them are out of the way
         for old in replaced:
@@ -219,7 +232,7 @@ class SweepLauncher(Launcher):
 
     def _execute(self, run: SweepRun, config: DictConfig) -> Record:
         """The run's record, whatever happens: a sweep goes on after a run that fails, not after Ctrl-C."""
-        sweep = SweepCell(self.folder.name, run.index, len(self.runs), run.cell, run.repeat)
+        sweep = SweepCell(self.sweep_id, run.index, len(self.runs), run.cell, run.repeat)
         begin = _now()
         try:
             if run.error is not None:
@@ -293,11 +306,11 @@ class SweepLauncher(Launcher):
             self.folder / files.SWEEP_FILE,
             {
                 "schema_version": files.SCHEMA_VERSION,
-                "sweep_id": self.folder.name,
+                "sweep_id": self.sweep_id,
                 "name": OmegaConf.select(self.config, "sweep_name"),
                 "state": self.state,
                 "reason": self.reason,
-                "command": ["python", "-m", "wanexp", *sys.argv[1:]],
+                "command": ["python", "-m", "wanexp", *map(without_password, sys.argv[1:])],
                 "started": self.started,
                 "ended": ended,
                 "source": self._compose.source if self._compose else None,

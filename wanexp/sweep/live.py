@@ -95,9 +95,11 @@ def time_left(runs: Sequence[SweepRun], current: SweepRun | None, current_s: flo
 class LiveSweep:
     """Shows a sweep on `stdout` (default: this process's) and keeps `progress.json`, inside `with`."""
 
-    def __init__(self, folder: Path, runs: list[SweepRun], *, stdout: IO[str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, runs: list[SweepRun], *, sweep_id: str, stdout: IO[str] | None = None
+    ) -> None:
         """`runs` may grow."""
-        self._folder, self._runs = folder, runs
+        self._folder, self._runs, self._sweep_id = folder, runs, sweep_id
         self._console = rich.console.Console(
             file=stdout or sys.stdout, highlight=False, markup=False, emoji=False
         )
@@ -175,7 +177,7 @@ class LiveSweep:
             left = time_left(self._runs, current, spent)
             return {
                 "schema_version": 1,
-                "sweep_id": self._folder.name,
+                "sweep_id": self._sweep_id,
                 "pid": os.getpid(),
                 "updated": datetime.now(UTC).isoformat(timespec="seconds"),
                 "state": self._state,

@@ -1,8 +1,10 @@
-"""The order of a sweep's runs, and which of its cells are the same. Pure."""
+"""The order of a sweep's runs, which of its cells are the same, and whether each has a folder. Pure."""
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
+from wanexp.errors import UserError
 from wanexp.sweep.run import SweepRun
 
 
@@ -29,6 +31,26 @@ def skip_twins(cells: Sequence[SweepRun]) -> None:
     for cell in cells:
         if cell.work and first.setdefault(cell.work, cell) is not cell:
             cell.skip = f"same layout as {first[cell.work].name}"
+
+
+def check_folders(runs: Sequence[SweepRun], sweep_folder: Path, owners: dict[Path, SweepRun]) -> None:
+    """Raise UserError unless each run has a folder of its own right below the sweep's.
+
+    owners: by folder the runs of earlier batches; gets these too.
+    """
+    advice = "leave hydra.sweep.subdir out, or make it differ, such as hydra.sweep.subdir='${hydra.job.num}'"
+    for run in runs:
+        if run.folder.parent != sweep_folder or run.name == "..":
+            raise UserError(
+                f"the folder of cell {run.index}, {run.folder}, is not right below {sweep_folder}; {advice}"
+            )
+        first, second = sorted((owners.setdefault(run.folder, run), run), key=lambda one: one.index)
+        if first is not second:
+            names = [
+                " ".join([f"{one.index}", *(word for word in one.overrides if word not in other.overrides)])
+                for one, other in ((first, second), (second, first))
+            ]
+            raise UserError(f"cells {' and '.join(names)} share the folder {run.folder}; {advice}")
 
 
 def can_run(cell: SweepRun) -> bool:

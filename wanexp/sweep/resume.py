@@ -5,7 +5,7 @@ what was interrupted or failed, what ran out of memory, what was skipped because
 is run again goes to `replaced/`, where nobody takes it for a result, and its MLflow run is deleted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,18 @@ def find_earlier(folder: Path) -> tuple[list[Earlier], dict[str, Any], list[str]
     return found, document, notes
 
 
-def take_over(runs: Sequence[SweepRun], earlier: Sequence[Earlier]) -> tuple[list[Earlier], list[Earlier]]:
+def earlier_id(document: dict[str, Any], earlier: Sequence[Earlier]) -> str | None:
+    """The `sweep_id` of a sweep's folder, by its `sweep.json`, else by a record; None where neither tells."""
+    of_records = [old.record.sweep_id for old in earlier if old.record]
+    return next(filter(None, [document.get("sweep_id"), *of_records]), None)
+
+
+def take_over(
+    runs: Sequence[SweepRun], earlier: Sequence[Earlier], taken: Set[Path] = frozenset()
+) -> tuple[list[Earlier], list[Earlier]]:
     """Give each run the record of an earlier one that counts. Of the others returns (replaced, not asked for).
+
+    taken: folders that no run may have.
 
     Replaced: another attempt at a run that is asked for now, known by its overrides, or a failure that is in the way of
     one. Two cells may have equal fingerprints, so each earlier run is taken once.
@@ -98,7 +108,11 @@ def take_over(runs: Sequence[SweepRun], earlier: Sequence[Earlier]) -> tuple[lis
     asked = {(_key(run.overrides), run.repeat) for run in runs}
     replaced = [old for old in left if (_key(old.overrides), old.repeat) in asked]
     others = [old for old in left if old not in replaced]
-    taken = {run.folder for run in runs if run.is_kept} | {old.folder for old in others if old.is_finished}
+    taken = (
+        taken
+        | {run.folder for run in runs if run.is_kept}
+        | {old.folder for old in others if old.is_finished}
+    )
     for run in runs:
         while not run.is_kept and run.folder in taken:  # the grid has changed, and with it the numbers
             run.folder = run.folder.with_name(f"{run.folder.name}_again")

@@ -1,6 +1,8 @@
 """A run of a sweep on its way, from its overrides to its record."""
 
 import os
+import re
+import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +16,19 @@ if TYPE_CHECKING:
     from wanexp.sweep.forecast import Forecast
 
 
+def new_sweep_id(name: str) -> str:
+    """`modes_tiny-3f9a1c`: the name of a sweep's folder, and what tells it from others of that name."""
+    return f"{name}-{secrets.token_hex(3)}"
+
+
+def sweep_name_of(sweep_id: str) -> str:
+    """The name in a `sweep_id`; those of older sweeps are names."""
+    return re.sub(r"-[0-9a-f]{6}$", "", sweep_id)
+
+
 @dataclass(frozen=True)
 class SweepCell:
-    """What a run is told of its sweep. sweep_id: the name of the sweep's folder. cell: fingerprint of the cell."""
+    """What a run is told of its sweep. sweep_id: see `new_sweep_id`. cell: fingerprint of the cell."""
 
     sweep_id: str
     index: int

@@ -113,7 +113,11 @@ class Console:
                 ("peak\nGiB", "memory/peak_allocated_gib", 2),
             )
         }
-        columns["parity"] = [parity_text(record.metrics) or "" for record in records]
+        parities = [parity_text(record.metrics) or "" for record in records]
+        compared = [text and describe.compared_blocks(r) for text, r in zip(parities, records, strict=True)]
+        columns["parity"] = [
+            f"{text}*" if blocks else text for text, blocks in zip(parities, compared, strict=True)
+        ]
         on_gpus = any(record.effective.get("device_type") == "cuda" for record in records)
         table = plain_table()
         table.padding = 0  # 80 columns hold the longest name of a mode in one piece
@@ -131,6 +135,8 @@ class Console:
         self.rich.print(table)
         if "peak\nGiB" in shown:
             self.rich.print("peak GiB: allocated on the fullest device")
+        if any(compared):
+            self.rich.print(f"* over the first {' or '.join(dict.fromkeys(filter(None, compared)))}")
         for label, count, record in zip(labels, counts, records, strict=True):
             if record.outcome != "finished" and record.message:
                 where = f"{label}, {count} device{'s' * (count != 1)}" if count else label

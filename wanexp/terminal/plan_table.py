@@ -106,13 +106,19 @@ def print_plan_table(
 
 
 def not_by_default(config: RunConfig) -> str:
-    """What of offload, precision and guidance is not the default, as overrides; they decide what fits, and how fast."""
-    offload, precision = config.offload, config.precision
+    """What of the settings that decide what fits, and how fast, is not the default, as overrides.
+
+    Model, video and hardware are left out: the table names them above.
+    """
+    offload, precision, workload = config.offload, config.precision, config.workload
     usual_blocks = "auto" if offload.name == "block_swap" else "0"
     usual_linear = precision.name if precision.name in LINEARS else "dtype"
-    has_guidance = config.workload.name == "denoise" and guidance_of(config) != config.model.guidance_scale
+    has_guidance = workload.name == "denoise" and guidance_of(config) != config.model.guidance_scale
     scales = ",".join(f"{scale:g}" for scale in guidance_of(config))
     overrides = (
+        (workload.name != "denoise", f"workload={workload.name}"),
+        (workload.batch_size is not None, f"workload.batch_size={workload.batch_size}"),
+        (not workload.activation_checkpointing, "workload.activation_checkpointing=false"),
         (offload.name != "none", f"offload={offload.name}"),
         (offload.blocks != usual_blocks, f"offload.blocks={offload.blocks}"),
         (offload.buffers != 2, f"offload.buffers={offload.buffers}"),
@@ -120,6 +126,10 @@ def not_by_default(config: RunConfig) -> str:
         (precision.linear != usual_linear, f"precision.linear={precision.linear}"),
         (precision.residual_fp32, "precision.residual_fp32=true"),
         (has_guidance, f"'workload.guidance_scale=[{scales}]'"),
+        (config.attention != "auto", f"attention={config.attention}"),
+        (config.kernels != "auto", f"kernels={config.kernels}"),
+        (config.transport != "auto", f"transport={config.transport}"),
+        (config.ffn_chunks != 1, f"ffn_chunks={config.ffn_chunks}"),
     )
     return " ".join(text for is_written, text in overrides if is_written)
 

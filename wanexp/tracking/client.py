@@ -6,6 +6,7 @@ mlflow is imported late: it takes seconds.
 import fcntl
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from wanexp.config import TrackingConfig
 from wanexp.errors import UserError
-from wanexp.tracking.location import sqlite_path, tool_command
+from wanexp.tracking.location import sqlite_path, tool_command, without_password
 from wanexp.tracking.view import VIEW_TAG, view_state
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def open_experiment(client: "MlflowClient", name: str, database: Path | None) ->
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         # MLflow's default is relative to the working folder of whoever comes first.
-        location = (database.parent / "mlruns" / name).as_uri() if database else None
+        folder = re.sub(r"/|^\.\.?$", "_", name)  # one below mlruns, whatever the name
+        location = (database.parent / "mlruns" / folder).as_uri() if database else None
         try:
             return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
         except MlflowException:  # another process was faster
@@ -95,12 +97,12 @@ def page_lines(uri: str, url: str | None, tracking: TrackingConfig) -> list[str]
 
 def store_options(tracking: TrackingConfig) -> list[str]:
     """What our other tools must be told to find the same experiment."""
-    options = ["--uri", tracking.uri] if tracking.uri else []
+    options = ["--uri", without_password(tracking.uri)] if tracking.uri else []
     if tracking.experiment != TrackingConfig.experiment:
         options += ["--experiment", tracking.experiment]
     return options
 
 
 def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = without_password(" ".join(str(error).split()))
     return f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__

@@ -273,6 +273,13 @@ def gibibytes(value: float) -> str:
     return f"{value:.1f} GiB" if value >= 0.95 else f"{_three_digits(value * 1024)} MiB"
 
 
+def compared_blocks(record: Record) -> str:
+    """`4 of 40 blocks` where the answer was compared over the first blocks alone; else, or if unknown, empty."""
+    compared = record.metrics.get("parity/num_blocks")
+    total = mapping(mapping(record.requested.get("model")).get("architecture")).get("num_layers")
+    return f"{compared:.0f} of {total} blocks" if compared and total and compared < total else ""
+
+
 def loading(metrics: Mapping[str, float]) -> str | None:
     """`12.3 s, 2.31 GiB/s`, or `weights made in 1.70 s` where nothing was read."""
     seconds, rate = metrics.get("load/seconds"), metrics.get("load/gib_per_second")

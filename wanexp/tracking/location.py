@@ -3,13 +3,14 @@
 import http.client
 import json
 import os
+import re
 import shlex
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from wanexp.errors import UserError
 
@@ -25,6 +26,7 @@ STORES = (
     "file",
 )  # what MLflow takes before the colon
 WITHOUT_COLON = ("databricks", "databricks-uc", "uc")
+CREDENTIALS = re.compile(r'(?<=://)[^\s/?#"]*@')  # user:password@ of an address
 UI_HOST = "127.0.0.1"
 UI_PORT = 5000
 WORKFLOW = "workflowType=machine_learning"  # without it MLflow's UI opens on an empty GenAI page
@@ -68,10 +70,9 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
 
 
-def without_password(uri: str) -> str:
-    """`uri` fit for printing."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+def without_password(text: str) -> str:
+    """`text` without the user and password of any address in it, fit for printing and keeping."""
+    return CREDENTIALS.sub("", text)
 
 
 def run_link(uri: str, experiment_id: str, run_id: str) -> str | None:

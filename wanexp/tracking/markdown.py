@@ -8,6 +8,7 @@ from wanexp.record import Record
 from wanexp.tracking.describe import (
     MAX_TAG,
     as_text,
+    compared_blocks,
     cut,
     devices_of,
     gibibytes,
@@ -104,7 +105,8 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
         yield "Peak memory, fullest device", f"**{gibibytes(metrics['memory/peak_allocated_gib'])}**"
     parity = metrics.get("parity/rel_l2")
     if parity is not None:
-        yield "Answer against mode none", "bit-equal" if parity == 0 else f"relative L2 {parity:.2g}"
+        distance = "bit-equal" if parity == 0 else f"relative L2 {parity:.2g}"
+        yield "Answer against mode none", ", ".join(present(distance, compared_blocks(record)))
     elif record.outcome == "finished" and mode(record) != "none":
         yield "Answer against mode none", "not compared"
     yield "Model", f"{group_name(record, 'model')}, {weights(record)} weights"

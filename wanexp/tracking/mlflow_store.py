@@ -222,13 +222,16 @@ def _log_files(client: "MlflowClient", run_id: str, record: Record, folder: Path
 
 
 def _write_record_files(record: Record, folder: Path, place: Path) -> None:
-    """record.json and config.yaml, of a record whose files are in `folder`, or made from what it says."""
+    """record.json and config.yaml, of a record whose files are in `folder`, or made from what it says.
+
+    Hydra wrote the config, and an older version perhaps the record, with the password of an address.
+    """
     for name, content, source in (
         (FILE_NAME, record.__dict__, folder / FILE_NAME),
         ("config.yaml", record.requested, folder / ".hydra" / "config.yaml"),
     ):
         if source.is_file() and source.resolve().is_relative_to(folder.resolve()):
-            shutil.copyfile(source, place / name)
+            text = source.read_text()
         else:
             as_json = name.endswith(".json")
             text = (
@@ -236,7 +239,7 @@ def _write_record_files(record: Record, folder: Path, place: Path) -> None:
                 if as_json
                 else yaml.dump(content, Dumper=DUMPER, sort_keys=False)
             )
-            (place / name).write_text(text)
+        (place / name).write_text(without_password(text))
 
 
 def artifact_files(record: Record, folder: Path) -> tuple[list[Path], list[str]]:
