@@ -13,8 +13,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Where a CPU has no instructions for that dtype the numbers are multiplied and added in fp32 and the sums rounded
     once: as GPUs do, and several times as fast as what torch does there.
     """
+    if not x.is_cpu:
+        return F.linear(x, weight, bias)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if x.device.type != "cpu" or cpu_multiplies(dtype):
+    if cpu_multiplies(dtype):
         return F.linear(x, weight, bias)
     with torch.autocast("cpu", enabled=False):
         x, weight = (t.to(dtype).float() for t in (x, weight))
