@@ -238,6 +238,16 @@ def test_what_is_no_run_removes_no_folder_but_its_own(cli, tmp_path, arguments, 
     ]
 
 
+@pytest.mark.parametrize("subdir", ["mine", "."])
+def test_what_is_no_run_removes_no_file_but_hydras(cli, tmp_path, subdir):
+    (tmp_path / "mine").mkdir()
+    for kept in ("mine/file", "file"):
+        (tmp_path / kept).touch()
+    cli("hardware=cpu", "task=plan", "hydra.run.dir=.", f"hydra.output_subdir={subdir}")
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert left == ["file", "mine", "mine/file"]
+
+
 def test_an_empty_working_folder_outlives_what_is_no_run(cli, tmp_path):
     cli("hardware=cpu", "task=plan", "hydra.run.dir=.")
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,6 @@ needs is imported here, so that --help and --cfg answer at once.
 import errno
 import io
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -197,12 +196,15 @@ def _execute(config: DictConfig, sweep: SweepCell | None) -> Record | None:
 
 
 def _discard_empty_run(folder: Path, output_subdir: str | None) -> None:
-    """Remove what Hydra wrote for what came to no run, and its folder, if that holds nothing else."""
+    """Remove the files that Hydra wrote for what came to no run, and of its folders those that are empty then."""
+    place = folder / (output_subdir or "")
     if output_subdir and not (folder / FILE_NAME).exists():  # of an earlier run
-        shutil.rmtree(folder / output_subdir, ignore_errors=True)
-    if not Path.cwd().is_relative_to(folder):  # hydra.run.dir=.
-        with suppress(OSError):  # not empty
-            folder.rmdir()
+        for name in ("config.yaml", "hydra.yaml", "overrides.yaml"):
+            (place / name).unlink(missing_ok=True)
+    for path in (place, folder):
+        if not Path.cwd().is_relative_to(path.resolve()):  # hydra.run.dir=.
+            with suppress(OSError):  # not empty, or gone
+                path.rmdir()
 
 
 @contextmanager
