@@ -6,6 +6,7 @@ imported again at any time.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class Record:
 
     def __post_init__(self) -> None:
         for name in ("requested", "command", "overrides"):
-            setattr(self, name, _without_passwords(getattr(self, name)))
+            setattr(self, name, _changed(getattr(self, name), _without_password))
 
     def exit_code(self) -> int:
         """0 finished or skipped, 130 interrupted, 1 any other."""
@@ -74,25 +75,26 @@ class Record:
         """Write `record.json` into `folder`, whole or not at all; NaN and infinity, which JSON lacks, as null."""
         path = folder / FILE_NAME
         draft = path.with_suffix(".json.partial")
-        draft.write_text(json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n")
+        draft.write_text(json.dumps(_changed(asdict(self), _finite), indent=1, allow_nan=False) + "\n")
         draft.replace(path)
         return path
 
 
-def _without_passwords(value: Any) -> Any:
+def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    """`value` with `change` of every leaf of its tables and lists."""
     if isinstance(value, dict):
-        return {key: _without_passwords(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_passwords(item) for item in value]
-    return without_password(value) if isinstance(value, str) else value
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _changed(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_changed(item, change) for item in value]
+    return change(value)
+
+
+def _without_password(leaf: Any) -> Any:
+    return without_password(leaf) if isinstance(leaf, str) else leaf
+
+
+def _finite(leaf: Any) -> Any:
+    return None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf
 
 
 def read_record(path: Path) -> Record:

@@ -6,7 +6,6 @@ seconds.
 """
 
 import functools
-import json
 import logging
 import shutil
 import tempfile
@@ -150,7 +149,7 @@ def _write_rows(
     place = Path(unquote(urlsplit(artifact_uri).path))
     place.mkdir(parents=True)
     try:
-        _write_record_files(record, folder, place)
+        _write_record_files(record, place)
         files, lines = artifact_files(record, folder)
         for relative in files:
             (place / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +211,7 @@ def _log_values(client: "MlflowClient", run_id: str, record: Record) -> None:
 def _log_files(client: "MlflowClient", run_id: str, record: Record, folder: Path) -> list[str]:
     """The record, the composed config, the record's artifacts, small logs. Returns a line a path refused."""
     with tempfile.TemporaryDirectory(prefix="wanexp-") as temporary:
-        _write_record_files(record, folder, Path(temporary))
+        _write_record_files(record, Path(temporary))
         client.log_artifacts(run_id, temporary)
     files, lines = artifact_files(record, folder)
     for relative in files:
@@ -221,25 +220,10 @@ def _log_files(client: "MlflowClient", run_id: str, record: Record, folder: Path
     return lines
 
 
-def _write_record_files(record: Record, folder: Path, place: Path) -> None:
-    """record.json and config.yaml, of a record whose files are in `folder`, or made from what it says.
-
-    Hydra wrote the config, and an older version perhaps the record, with the password of an address.
-    """
-    for name, content, source in (
-        (FILE_NAME, record.__dict__, folder / FILE_NAME),
-        ("config.yaml", record.requested, folder / ".hydra" / "config.yaml"),
-    ):
-        if source.is_file() and source.resolve().is_relative_to(folder.resolve()):
-            text = source.read_text()
-        else:
-            as_json = name.endswith(".json")
-            text = (
-                json.dumps(content, indent=1)
-                if as_json
-                else yaml.dump(content, Dumper=DUMPER, sort_keys=False)
-            )
-        (place / name).write_text(without_password(text))
+def _write_record_files(record: Record, place: Path) -> None:
+    """record.json and config.yaml, by the record alone: a file beside it may be of another run, or hold a password."""
+    record.write(place)
+    (place / "config.yaml").write_text(yaml.dump(record.requested, Dumper=DUMPER, sort_keys=False))
 
 
 def artifact_files(record: Record, folder: Path) -> tuple[list[Path], list[str]]:
