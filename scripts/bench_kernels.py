@@ -35,6 +35,7 @@ from wanexp.wan import quantize_rows as rows
 from wanexp.wan.architecture import NORM_EPS, WanArchitecture
 from wanexp.wan.block import Fp32LayerNorm, RMSNorm, WanBlock, gated_add, modulated_norm, set_fused, turned
 from wanexp.wan.flash_attention import quantise_by_kernels, quantise_in_torch
+from wanexp.wan.linear import Linear
 from wanexp.wan.rope import rope_tables
 
 WAN_14B = WanArchitecture(dim=5120, ffn_dim=13824, num_heads=40, num_layers=1)
@@ -200,7 +201,7 @@ def operations(
         lambda: F.gelu(inner, approximate="tanh"),
         is_tiled=False,
     )
-    linear = nn.Linear(dim, arch.ffn_dim, dtype=DTYPE, device=device)
+    linear = Linear(dim, arch.ffn_dim, dtype=DTYPE, device=device)
     moved = one + linear.weight.nbytes + tokens * arch.ffn_dim * DTYPE.itemsize
     yield Operation(
         "linear_gelu",

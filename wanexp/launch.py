@@ -214,11 +214,9 @@ class Watcher(threading.Thread):
             elif kind == "progress":
                 self._phase[rank] = event["phase"]
             self.heard.take(event)
-            try:
+            # Where it prints to may be gone (rich exits then) or full; the limits hold all the same.
+            with suppress(Exception, SystemExit):
                 self.on_event(event)
-            except (Exception, SystemExit):
-                # Where it prints to is gone (rich exits then) or full. The limits hold all the same.
-                self.on_event = lambda _event: None
 
     def _give_up(self, what: str, silent: int, why: str) -> None:
         """Have every rank print its stacks to its log, then kill it; the agent sees that and ends the launch.

@@ -63,9 +63,8 @@ def fakes(monkeypatch, tmp_path):
 
     vars(console)["Console"] = Console
     monkeypatch.setattr("wanexp.report.compose.draw", lambda *_: [])  # figures take seconds
-    monkeypatch.setattr(
-        "wanexp.report.summary.track_summary", lambda *_: Tracked(None, [])
-    )  # as a database does
+    no_summary = Tracked(None, [])  # a database takes seconds too
+    monkeypatch.setattr("wanexp.report.summary.track_summary", lambda *_: no_summary)
     monkeypatch.setitem(sys.modules, "wanexp.runner", runner)
     monkeypatch.setitem(sys.modules, "wanexp.terminal.console", console)
     monkeypatch.chdir(tmp_path)
