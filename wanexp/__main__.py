@@ -28,7 +28,7 @@ from wanexp.errors import RunFailed, UserError
 from wanexp.record import FILE_NAME, Record
 from wanexp.sweep import SweepCell, outer_rank
 from wanexp.sweep.launcher import SweepLauncher, sweep_exit_code
-from wanexp.sweep.plugin import register_launcher
+from wanexp.sweep.plugin import register_plugins
 
 OPTIONS_WITH_VALUE = {
     "--cfg",
@@ -160,7 +160,7 @@ def _run_hydra() -> tuple[int, Exception | None]:
         return None
 
     register()
-    register_launcher()
+    register_plugins()
     compose_and_call = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)
     sweep_code = 0
     try:

@@ -8,6 +8,7 @@ import sys
 from types import ModuleType
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from tests.hardware.fake_nvml import gpu_device
 from wanexp import __main__ as program
@@ -597,3 +598,22 @@ def test_who_else_is_on_the_gpus_is_named_before_a_run(sweep, fakes, tmp_path, m
     monkeypatch.setattr("wanexp.sweep.compose.Forecaster.__call__", lambda *_: Forecast((gpu_device(0),)))
     assert sweep("-m", "hardware=cpu", "tracking=none", "sweep_name=s", "seed=1,2") == 0
     assert capsys.readouterr().out.count("note: GPU 0 is also used by process 7 (python, 3.0 GiB)") == 2
+
+
+def test_a_cell_is_composed_once(sweep, fakes, monkeypatch):
+    composed = []
+    compose = ConfigLoaderImpl.load_sweep_config
+
+    def load_sweep_config(self, master_config, sweep_overrides):
+        composed.append(sweep_overrides[-1])
+        return compose(self, master_config, sweep_overrides)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", load_sweep_config)
+    assert sweep("-m", "hardware=cpu", "tracking=none", "sweep_name=s", "seed=1,2") == 0
+    assert composed == ["seed=1", "seed=2"]
+
+
+def test_another_launcher_is_not_handed_what_cannot_be_composed(sweep, fakes, capsys):
+    assert sweep("-m", "hardware=cpu", "tracking=none", "hydra/launcher=basic", "seed=1,x") == 2
+    assert "seed" in (line := capsys.readouterr().err) and line.count("\n") == 1
+    assert not fakes.calls

@@ -1,8 +1,8 @@
 """The profile of a found device: its peak rates, looked up by name among `conf/hardware/device/*.yaml`."""
 
+import functools
 import re
-from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from wanexp.config import DeviceProfile, HardwareConfig
@@ -20,17 +20,17 @@ def profile_for(hardware: HardwareConfig, device: Device, conf_dir: Path) -> Dev
     given = hardware.device
     if given is not None and given.name in ("", "???"):
         return given
-    candidates = [given] if given is not None else []
     wanted = _normal(device.name)
-    for profile in (*candidates, *_profiles(conf_dir)):
-        if _normal(profile.name) == wanted:
-            return profile
-    return None
+    if given is not None and _normal(given.name) == wanted:
+        return given
+    return next((replace(known) for known in _profiles(conf_dir) if _normal(known.name) == wanted), None)
 
 
-def _profiles(conf_dir: Path) -> Iterator[DeviceProfile]:
+@functools.cache  # sweeps ask for each of their cells
+def _profiles(conf_dir: Path) -> tuple[DeviceProfile, ...]:
     import yaml  # comes with omegaconf
 
+    profiles: list[DeviceProfile] = []
     known = {field.name for field in fields(DeviceProfile)}
     for path in sorted((conf_dir / "hardware" / "device").glob("*.yaml")):
         try:
@@ -38,7 +38,8 @@ def _profiles(conf_dir: Path) -> Iterator[DeviceProfile]:
         except (OSError, yaml.YAMLError) as error:
             raise UserError(f"{path} is not a readable device profile: {error}") from None
         if isinstance(document, dict) and "name" in document:
-            yield DeviceProfile(**{key: value for key, value in document.items() if key in known})
+            profiles.append(DeviceProfile(**{key: value for key, value in document.items() if key in known}))
+    return tuple(profiles)
 
 
 def _normal(name: str) -> str:

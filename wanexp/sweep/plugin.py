@@ -1,4 +1,4 @@
-"""How Hydra gets to know the launcher, and what its sweep files may ask for."""
+"""How Hydra gets to know sweeper and launcher, and what its sweep files may ask for."""
 
 import importlib
 import sys
@@ -10,20 +10,25 @@ from omegaconf import OmegaConf
 from wanexp.sweep.launcher import SweepLauncher
 
 
-def register_launcher() -> None:
-    """Make the launcher known to Hydra, under the name in `conf/hydra/launcher/wanexp.yaml`.
+def register_plugins() -> None:
+    """Make sweeper and launcher known to Hydra, under the names in `conf/hydra/{sweeper,launcher}/wanexp.yaml`.
 
     Hydra finds a plugin's class by importing its name, which must lie in the namespace `hydra_plugins`. So a
     module of that name is made here; a folder of that name would be loaded by every Hydra program around.
     """
-    Plugins.instance().register(SweepLauncher)
+    known = Plugins.instance()
+    from wanexp.sweep.sweeper import SweepSweeper  # after the scan, which loads its base class anew
+
+    plugins = (SweepSweeper, SweepLauncher)
+    for plugin in plugins:
+        known.register(plugin)
     try:
         namespace = importlib.import_module("hydra_plugins")
     except ImportError:
         namespace = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
         namespace.__path__ = []
     module = ModuleType(SweepLauncher.__module__)
-    vars(module)["SweepLauncher"] = SweepLauncher
+    vars(module).update({plugin.__name__: plugin for plugin in plugins})
     vars(namespace)["wanexp"] = sys.modules[module.__name__] = module
     OmegaConf.register_new_resolver("wanexp.gpu_lists", gpu_lists, replace=True)
 
