@@ -1,5 +1,7 @@
 """What tests of the engine share: a run config small enough for a second a run."""
 
+import functools
+import inspect
 import multiprocessing
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
@@ -64,8 +66,16 @@ def fork_server() -> None:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
-        multiprocessing.set_forkserver_preload(["wanexp.preload"])
+        multiprocessing.set_forkserver_preload(["wanexp.preload", "torch._dynamo", "hypothesis", "pytest"])
         forkserver.ensure_running()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stacks_without_source() -> Iterator[None]:
+    """torch's agent takes its own stack thirty times a launch; below pytest, with source lines, for 2 s in all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "stack", functools.partial(inspect.stack, 0))
+        yield
 
 
 @pytest.fixture

@@ -92,6 +92,31 @@ def limited(job: Job, **limits: float) -> Job:
     return replace(job, config=replace(job.config, limits=replace(job.config.limits, **limits)))
 
 
+def test_ranks_do_without_torchs_compiler_where_they_can(run_config, tmp_path):
+    """It takes a second or two to import, when a run begins."""
+    code = """
+import sys
+import torch
+import wanexp.preload
+from wanexp.offload.quantize import quantize_linears
+from wanexp.wan.architecture import WanArchitecture
+from wanexp.wan.transformer import WanTransformer
+with torch.device("meta"):
+    model = WanTransformer(WanArchitecture(num_layers=1))
+quantize_linears(model, "fp8")
+sys.exit(len({"torch._dynamo", "torch.distributed.fsdp", "sympy"} & set(sys.modules)))
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    for overrides, uses_it in (
+        (["parallelism=context_parallel", "gpus=[0,1]"], False),
+        (["parallelism=distributed", "gpus=[0,1]"], True),
+        (["parallelism=fsdp", "gpus=[0,1]"], True),
+        (["workload=train"], True),
+    ):
+        job = make_job(run_config(*overrides), tmp_path)
+        assert ("torch._dynamo" in job.modules) is uses_it, overrides
+
+
 def test_a_launch_that_works_hands_back_every_rank_and_leaves_the_process_as_it_was(job, launch_as):
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in signals]

@@ -29,3 +29,16 @@ class Job:
     num_blocks: int | None = None
     nodes: tuple[tuple[int, ...], ...] | None = None
     attention: tuple[str, str] | None = None
+
+    @property
+    def modules(self) -> list[str]:
+        """What every rank imports: loaded by the server that they are forked from, so that none waits for it.
+
+        DDP, FSDP and optimisers load torch's compiler, if only to keep it out. That takes one to two seconds.
+        """
+        uses_compiler = (
+            self.config.workload.name == "train"
+            or self.plan.mode == "distributed"
+            or self.plan.layout.shard > 1
+        )
+        return ["wanexp.preload", *(["torch._dynamo"] if uses_compiler else [])]

@@ -1,7 +1,4 @@
-"""What the server that the workers are forked from has loaded, so that no worker pays for it in its load time.
-
-The first module on the meta device makes torch import sympy and more: 0.8 s.
-"""
+"""What the server that the workers are forked from has loaded, so that no worker pays for it in its load time."""
 
 import torch
 
@@ -9,5 +6,5 @@ import wanexp.worker  # noqa: F401
 from wanexp.wan.architecture import WanArchitecture
 from wanexp.wan.transformer import WanTransformer
 
-with torch.device("meta"):
+with torch.device("meta"):  # torch loads what it needs for this with the first module
     WanTransformer(WanArchitecture(num_layers=1))

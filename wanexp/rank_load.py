@@ -4,6 +4,7 @@ empty model -> cut to this rank's share -> 8-bit layers -> homes of swapped bloc
 """
 
 import dataclasses
+import importlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -97,6 +98,8 @@ class RankLoader:
             compute_capability=self.compute_capability,
             training=self.training,
         )
+        for module in self.job.modules:  # where the server began with another job
+            importlib.import_module(module)
         anonymous_before, begin = anonymous_rss_bytes(), time.perf_counter()
         self.reserve_places()
         loader = self.shared_loader()

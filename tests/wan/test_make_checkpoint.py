@@ -46,8 +46,17 @@ ARCHITECTURES = {
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_checkpoint.py"
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """The exit code, what it printed and what it complained of, in this process."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import make_checkpoint
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["make_checkpoint.py", *arguments])
+        return (make_checkpoint.main(), *capsys.readouterr())
+
+    return call
 
 
 @pytest.mark.parametrize("layout", ["native", "prefixed", "fp8", "fp8_scaled"])
@@ -153,26 +162,26 @@ def test_nothing_half_written_stays(tmp_path):
 
 
 def test_script(tmp_path):
-    done = run_script("--model", "tiny", "--out", str(tmp_path / "tiny"), "--shards", "2", "--dtype", "fp16")
+    arguments = ("--model", "tiny", "--out", str(tmp_path / "tiny"), "--shards", "2", "--dtype", "fp16")
+    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 3
     assert "MiB" in done.stdout
     assert open_checkpoint(tmp_path / "tiny").storage == "fp16"
 
 
-def test_script_errors(tmp_path):
-    done = run_script("--model", "nonsense", "--out", str(tmp_path / "x"))
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: unknown model 'nonsense'; choose one of tiny, wan2.1")
-    done = run_script("--model", "tiny", "--out", str(tmp_path / "x.safetensors"), "--layout", "diffusers")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+def test_script_errors(tmp_path, run_script):
+    code, _, line = run_script("--model", "nonsense", "--out", str(tmp_path / "x"))
+    assert code == 2
+    assert line.startswith("error: unknown model 'nonsense'; choose one of tiny, wan2.1")
+    out = tmp_path / "x.safetensors"
+    code, _, line = run_script("--model", "tiny", "--out", str(out), "--layout", "diffusers")
+    assert code == 2 and line.startswith("error: ") and line.count("\n") == 1
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "x.safetensors"
-    done = run_script("--model", "tiny", "--out", str(out))
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: cannot write {out}: ")
-    assert done.stderr.count("\n") == 1
+    code, _, line = run_script("--model", "tiny", "--out", str(out))
+    assert code == 2
+    assert line.startswith(f"error: cannot write {out}: ") and line.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -185,15 +194,12 @@ def test_script_errors(tmp_path):
         ("cuda:2", 2, "--device is 'cuda:2' and torch finds 2 CUDA devices; write cpu or cuda:0 or cuda:1"),
     ],
 )
-def test_a_device_that_is_not_there(tmp_path, monkeypatch, capsys, device, count, line):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    import make_checkpoint
+def test_a_device_that_is_not_there(tmp_path, monkeypatch, run_script, device, count, line):
+    import make_checkpoint  # found by `run_script`
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     arguments = ["--model", "tiny", "--out", str(tmp_path / "x"), "--device", device]
-    monkeypatch.setattr(sys, "argv", ["make_checkpoint.py", *arguments])
-    assert make_checkpoint.main() == 2
-    assert capsys.readouterr().err == f"error: {line}\n"
+    assert run_script(*arguments) == (2, "", f"error: {line}\n")
     for good in ("cpu", *(f"cuda:{index}" for index in range(count))):
         make_checkpoint.check_device(good)
 

@@ -1,10 +1,10 @@
-"""Functions that are operators for compilers and autograd, and themselves for everybody else."""
+"""Functions that compilers and autograd take for operators, or leave out; themselves for everybody else."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from wanexp.wan.operators import operator
+from wanexp.wan.operators import not_compiled, operator
 
 calls: list[str] = []
 
@@ -40,3 +40,30 @@ def test_autograd_is_refused():
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(RuntimeError, match="autograd"):
         doubled(x).sum().backward()
+
+
+class Hooks:
+    def __init__(self) -> None:
+        self.compiling: list[bool] = []
+
+    @not_compiled
+    def add(self, x: Tensor, *, number: int) -> Tensor:
+        self.compiling.append(torch.compiler.is_compiling())
+        return x + number
+
+
+def test_a_compiler_leaves_a_hook_out():
+    hooks, graphs = Hooks(), []
+
+    def backend(graph, _inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    def forward(x: Tensor) -> Tensor:
+        return hooks.add(2 * x, number=1) / 3
+
+    assert torch.equal(forward(torch.ones(2)), torch.ones(2))
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(forward, backend=backend)(torch.ones(2)), torch.ones(2))
+    assert hooks.compiling == [False, False]
+    assert len(graphs) == 2, "one before it, one behind it"

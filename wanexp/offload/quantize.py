@@ -61,7 +61,8 @@ class QuantizedLinear(nn.Module):
         self.takes_float8 = kind == "fp8"  # fused kernels then quantise what they write for this layer
         self.dtype = linear.weight.dtype
         # Not in_features and out_features, which tensor parallel leaves as they were.
-        self.weight = nn.Parameter(torch.empty_like(linear.weight, dtype=STORAGE[kind]), requires_grad=False)
+        weight = torch.empty(linear.weight.shape, dtype=STORAGE[kind], device=linear.weight.device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         scale = torch.empty(linear.weight.shape[0], dtype=torch.float32, device=linear.weight.device)
         self.register_buffer("weight_scale", scale)
         self.bias = linear.bias

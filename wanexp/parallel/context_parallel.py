@@ -35,6 +35,7 @@ from wanexp.wan.attention import (
 )
 from wanexp.wan.block import SelfAttention, WanBlock
 from wanexp.wan.fused import release
+from wanexp.wan.operators import not_compiled
 from wanexp.wan.rope import Rope
 from wanexp.wan.transformer import WanTransformer
 
@@ -146,7 +147,7 @@ class _SplitForward:
 
     # The hooks call collectives and look into a dictionary of tensors: not for a compiler to trace.
 
-    @torch.compiler.disable
+    @not_compiled
     def enter_first_block(
         self, block: nn.Module, args: BlockInputs, kwargs: dict[str, Any]
     ) -> tuple[BlockInputs, dict[str, Any]]:
@@ -155,13 +156,13 @@ class _SplitForward:
                 "context_parallel is for inference, gradients are switched on; call the model under "
                 "torch.inference_mode(), or train with distributed or fsdp"
             )
-        hidden_states, *rest = self.enter_block(block, args)
+        hidden_states, modulation, context, rope, timestep_index = self.enter_block(block, args)
         own = self.own_rows(hidden_states, 1)
         if kwargs.get("in_place"):  # its caller needs it no more, and holds it until the block returns
             release(hidden_states)
-        return (own, *rest), kwargs
+        return (own, modulation, context, rope, timestep_index), kwargs
 
-    @torch.compiler.disable
+    @not_compiled
     def enter_block(self, _block: nn.Module, args: BlockInputs) -> BlockInputs:
         hidden_states, modulation, context, (cos, sin), timestep_index = args
         # At every block, for forwards of different sizes may take turns.
@@ -171,14 +172,14 @@ class _SplitForward:
             timestep_index = self.own_constant(timestep_index, 1)
         return hidden_states, modulation, context, rope, timestep_index
 
-    @torch.compiler.disable
+    @not_compiled
     def enter_head(self, _head: nn.Module, args: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Any, ...]:
         hidden_states, time_vector, timestep_index = args
         if timestep_index is not None:
             timestep_index = self.own_constant(timestep_index, 1)
         return hidden_states, time_vector, timestep_index
 
-    @torch.compiler.disable
+    @not_compiled
     def leave_head(self, _head: nn.Module, _args: Any, patches: Tensor) -> Tensor:
         patches = patches[:, : self.own_tokens]
         if self.ulysses is not None:
@@ -193,14 +194,16 @@ class _SplitForward:
         apart = self.apart and not is_lossy(kernel_name(attend))  # in float8 all rows of q have one scale
         if self.ring is not None:
             attend = partial(self._around_ring, attention_with_lse(kernel_name(attend)))
-        attention.send = torch.compiler.disable(self._send)
-        attention.attend = torch.compiler.disable(partial(self._attend, attend, apart))
+        attention.send = self._send
+        attention.attend = partial(self._attend, attend, apart)
 
+    @not_compiled
     def _send(self, x: Tensor) -> Any:
         """Of v or k [batch, rows, heads, head_dim] the tokens, on their way where they are exchanged."""
         own = x[:, : self.own_tokens]
         return own if self.exchange is None else self.exchange.send(own)
 
+    @not_compiled
     def _attend(self, attend: AttentionFunction, apart: bool, q: Tensor, k: Any, v: Any) -> Tensor:
         """q and the result: [batch, rows, heads, head_dim]; k and v as of `_send`."""
         own = q[:, : self.own_tokens]

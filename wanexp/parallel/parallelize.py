@@ -13,7 +13,6 @@ from wanexp.parallel.block_distribution import Pipeline, Seams, distribute_block
 from wanexp.parallel.cfg_parallel import split_guidance
 from wanexp.parallel.context_parallel import context_parallel
 from wanexp.parallel.distributed import synchronize_gradients
-from wanexp.parallel.fsdp import shard_with_fsdp
 from wanexp.parallel.groups import Groups
 from wanexp.parallel.peer_memory import PeerMemory
 from wanexp.parallel.peer_shards import PeerShards, shard_over_peers
@@ -50,6 +49,8 @@ def divide_weights(
     if groups.shard_mesh is not None:
         memory = groups.memories.get("shard")
         if memory is None or training:
+            from wanexp.parallel.fsdp import shard_with_fsdp  # torch's takes a second to import
+
             traffic["shard"] = shard_with_fsdp(model, groups.shard_mesh, training=training)
         else:
             shards = shard_over_peers(model, PeerMemory(memory.group, memory.device))

@@ -48,9 +48,10 @@ def tensor_parallel(model: WanTransformer, group: ProcessGroup) -> Traffic:
         part = tensor_part(name, shapes[name], architecture, degree=degree, rank=rank)
         if part != Part.whole(shapes[name]):
             owner, _, leaf = name.rpartition(".")
-            cut = (
-                None if part.is_empty else nn.Parameter(part.cut(parameter.data).clone(), requires_grad=False)
-            )
+            own = part.cut(parameter.data)
+            # Not own.clone(), which on the meta device loads torch's compiler.
+            kept = torch.empty(own.shape, dtype=own.dtype, device=own.device).copy_(own)
+            cut = None if part.is_empty else nn.Parameter(kept, requires_grad=False)
             setattr(model.get_submodule(owner), leaf, cut)
     reducer = len(_REDUCERS)
     _REDUCERS.append((group, traffic))

@@ -24,6 +24,12 @@ from wanexp.wan.quantize_rows import QuantizedInput
 from wanexp.wan.rope import Rope, apply_rope
 
 
+def modulation_table(rows: int, dim: int, dtype: torch.dtype) -> nn.Parameter:
+    """[1, rows, dim], begun with as Wan does; on the meta device empty, where normal numbers take torch's compiler."""
+    table = torch.empty(1, rows, dim, dtype=dtype)
+    return nn.Parameter(table if table.is_meta else table.normal_(std=dim**-0.5))
+
+
 def set_fused(module: nn.Module, is_fused: bool) -> None:
     """Have `module`, with all that is in it, compute between its matrix products by `fused.py`, or in plain torch."""
     for part in module.modules():
@@ -207,7 +213,7 @@ class WanBlock(nn.Module):
         super().__init__()
         dim = architecture.dim
         self.residual = residual
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim, dtype=dtype) / dim**0.5)
+        self.modulation = modulation_table(6, dim, dtype)
         self.self_attn = SelfAttention(architecture, dtype)
         self.cross_attn = CrossAttention(architecture, dtype)
         self.norm3 = Fp32LayerNorm(dim, eps=NORM_EPS, dtype=dtype)

@@ -1,10 +1,11 @@
-"""Functions that launch kernels, as operators of torch.library where a compiler or autograd looks."""
+"""What torch.compile does not look into: kernels, operators to it and to autograd, and hooks, which it leaves out."""
 
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+from torch._compile import _disable_dynamo
 
 Launch = TypeVar("Launch", bound=Callable[..., Any])
 
@@ -32,3 +33,14 @@ def operator(
         return call  # type: ignore[return-value]
 
     return make
+
+
+def not_compiled(function: Launch) -> Launch:
+    """As torch.compiler.disable, which imports the compiler to say so (a second or two); this does where one looks."""
+    kept_out = _disable_dynamo(function)
+
+    @wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        return (kept_out if torch.compiler.is_compiling() else function)(*arguments, **keywords)
+
+    return call  # type: ignore[return-value]

@@ -25,6 +25,7 @@ from wanexp.wan.block import (
     Fp32LayerNorm,
     WanBlock,
     modulated_norm,
+    modulation_table,
     set_fused,
 )
 from wanexp.wan.linear import Fp32Linear, Linear, linear
@@ -41,7 +42,7 @@ class Head(nn.Module):
     def __init__(self, architecture: WanArchitecture, dtype: torch.dtype) -> None:
         super().__init__()
         dim = architecture.dim
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim, dtype=dtype) / dim**0.5)
+        self.modulation = modulation_table(2, dim, dtype)
         patch_volume = PATCH_SIZE[0] * PATCH_SIZE[1] * PATCH_SIZE[2]
         self.head = Linear(dim, architecture.out_channels * patch_volume, dtype=dtype)
 

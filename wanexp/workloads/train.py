@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanexp.config import RunConfig
-from wanexp.parallel.fsdp import full_gradient
 from wanexp.workloads.samples import Samples, random_tensor, timesteps_of
 
 
@@ -83,6 +82,8 @@ class Train:
 
     def first_gradients(self) -> dict[str, Tensor]:
         """Gradients of a few parameters at the weights as they are; leaves no gradient and takes no step."""
+        from wanexp.parallel.fsdp import full_gradient  # torch's FSDP takes a second to import
+
         self.backward()
         gradients = {}
         for name, parameter in parity_parameters(self.model).items():
