@@ -15,7 +15,8 @@ from wanexp.parallel.layout import Layout
 from wanexp.plan_task import devices_to_plan
 from wanexp.planning.advice import nearest_that_fits
 from wanexp.planning.candidates import Planned
-from wanexp.planning.memory import GIB
+from wanexp.planning.memory import GIB, predict_memory
+from wanexp.planning.plan import make_plan
 from wanexp.planning.planner import judge, plan_layouts, with_asked
 from wanexp.planning.preflight import Preflight, preflight
 from wanexp.planning.sizes import sizes_of
@@ -389,6 +390,24 @@ def test_free_memory_decides_and_not_the_size_of_the_card():
     devices = (gpu(0, 5), gpu(1, 140))
     result = planned("model=wan2.1_t2v_14b", devices=devices)
     assert result.winner and result.winner.settings == "parallelism=none 'gpus=[1]'"
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.parametrize("mode", ["tensor_parallel", "context_parallel"])
+def test_scores_that_are_kept_are_of_the_heads_that_a_rank_attends_with(mode, kernels):
+    def scores(*overrides: str) -> int:
+        def peak(attention: str) -> int:
+            config = composed(
+                "model=wan2.1_t2v_1.3b", f"kernels={kernels}", f"attention={attention}", *overrides
+            )
+            plan = make_plan(config, [gpu(index, 139.0) for index in config.gpus or []])
+            return predict_memory(config, plan)[0].activations
+
+        return peak("sdpa_math") - peak("sdpa_flash")
+
+    whole = scores("parallelism=none", "gpus=[0]")
+    assert whole == pytest.approx(2 * 4 * 12 * 32760**2, rel=0.02)  # and their softmax; 12 heads
+    assert scores(f"parallelism={mode}", "gpus=[0,1]") == pytest.approx(whole / 2, rel=0.02)
 
 
 def test_mixed_gpus_share_the_blocks_by_memory():

@@ -192,13 +192,11 @@ def rope(heap: Heap, s: Sizes, x: int) -> int:
     return joined
 
 
-def self_attention(heap: Heap, s: Sizes, materialises_scores: bool) -> int:
+def self_attention(heap: Heap, s: Sizes, score_bytes: int) -> int:
     v = heap.new(s.hidden)
     k = rope(heap, s, project_and_norm(heap, s.hidden))
     q = rope(heap, s, project_and_norm(heap, s.hidden))
-    if materialises_scores:  # sdpa_math: scores and their softmax in fp32, [batch, heads, tokens, tokens]
-        scores = [heap.new(4 * s.batch * s.arch.num_heads * s.tokens**2) for _ in range(2)]
-        heap.free(*scores)
+    heap.free(heap.new(score_bytes), heap.new(score_bytes))  # and their softmax
     attended = heap.new(s.hidden)
     heap.free(q, k, v)
     out = heap.new(s.hidden)
@@ -227,14 +225,12 @@ def cross_attention(heap: Heap, s: Sizes) -> int:
     return out
 
 
-def block(
-    heap: Heap, s: Sizes, hidden: int, *, first: bool = False, materialises_scores: bool = False
-) -> int:
+def block(heap: Heap, s: Sizes, hidden: int, *, first: bool = False, score_bytes: int = 0) -> int:
     """One block: frees `hidden`, the caller's reference, at its end and gives the next."""
     vectors = heap.new(s.modulation)  # the block's own added; its six parts are views
     widened = heap.new(s.stream if first and s.residual != s.compute else 0)  # hidden_states.to(residual)
     normed = modulated_norm(heap, s)
-    update = self_attention(heap, s, materialises_scores)
+    update = self_attention(heap, s, score_bytes)
     x = gated_add(heap, s)
     heap.free(update, widened)
 

@@ -24,7 +24,7 @@ from wanexp.parallel.shares import SHARD_BUFFERS
 from wanexp.planning import activations, fused_activations
 from wanexp.planning.activations import Sizes
 from wanexp.planning.block_work import kernels_of
-from wanexp.planning.exchanges import attended, place_bytes
+from wanexp.planning.exchanges import attended, place_bytes, score_bytes
 from wanexp.planning.heap import Heap
 from wanexp.planning.plan import Plan, RankPlan
 from wanexp.planning.sizes import input_bytes, share_of, sizes_of
@@ -83,7 +83,7 @@ class Forward:
         self.heap, self.whole, self.layout, self.is_fused = heap, whole, layout, is_fused
         self.copies = copies
         self.own = share_of(whole, layout)
-        self.materialises_scores = config.attention == "sdpa_math"
+        self.score_bytes = score_bytes(self.own, self.layout) if config.attention == "sdpa_math" else 0
 
     def begin(self) -> tuple[int, tuple[int, ...]]:
         """Embeddings: the hidden states, and what all blocks get beside them."""
@@ -110,15 +110,13 @@ class Forward:
                 layout=self.layout,
                 copies=self.copies,
                 first=first,
-                materialises_scores=self.materialises_scores,
+                score_bytes=self.score_bytes,
             )
         if self.layout.ulysses > 1 or self.layout.ring > 1:
             # Self-attention once more, with what travels
             normed = self.heap.new(self.own.hidden)
             self.heap.free(normed, attended(self.heap, self.own, self.layout, copies=self.copies))
-        return activations.block(
-            self.heap, self.own, hidden, first=first, materialises_scores=self.materialises_scores
-        )
+        return activations.block(self.heap, self.own, hidden, first=first, score_bytes=self.score_bytes)
 
     def blocks(self, hidden: int, number: int, *, first: bool) -> int:
         for index in range(min(number, STEADY_BLOCKS)):

@@ -28,6 +28,12 @@ def place_bytes(s: Sizes, layout: Layout) -> int:
     return max(own_bytes(s, layout), met_bytes(s, layout)) if layout.ulysses > 1 else 0
 
 
+def score_bytes(s: Sizes, layout: Layout) -> int:
+    """One matrix of scores, fp32 [batch, heads, tokens, tokens], of what this rank attends with. s: its share."""
+    heads = -(-heads_of_ranks(s.arch, layout.tp)[0] // layout.ulysses)
+    return 4 * s.batch * heads * (s.tokens * layout.ulysses) ** 2
+
+
 def attended(heap: Heap, s: Sizes, layout: Layout, normed: int = 0, *, copies: bool = False) -> int:
     """From the normed tensor to what was attended, ahead of the last projection.
 

@@ -32,7 +32,7 @@ def block(
     layout: Layout = WHOLE,
     copies: bool = False,
     first: bool = False,
-    materialises_scores: bool = False,
+    score_bytes: int = 0,
 ) -> int:
     """One block of a rank whose share is `s`: the next hidden states, in the memory of `hidden` where they can be.
 
@@ -43,7 +43,7 @@ def block(
     if first and s.residual != s.compute:
         x = heap.new(s.stream)  # hidden_states.to(residual)
     normed = heap.new(s.normed)
-    update = self_attention(heap, s, normed, layout, materialises_scores, copies=copies)
+    update = self_attention(heap, s, normed, layout, score_bytes, copies=copies)
     update = cross_attention(heap, s, in_place_of(heap, s, update), layout)
     update = feed_forward(heap, s, in_place_of(heap, s, update))
     heap.free(update, vectors, hidden if x != hidden else 0)
@@ -68,10 +68,10 @@ def project(heap: Heap, s: Sizes, attended: int, num_bytes: int) -> int:
 
 
 def self_attention(
-    heap: Heap, s: Sizes, normed: int, layout: Layout, materialises_scores: bool, *, copies: bool = False
+    heap: Heap, s: Sizes, normed: int, layout: Layout, score_bytes: int, *, copies: bool = False
 ) -> int:
-    if materialises_scores:  # beside q, k and v, for one of which stands normed
-        scores = [heap.new(4 * s.batch * s.arch.num_heads * s.tokens**2) for _ in range(2)]
+    if score_bytes:  # beside q, k and v, for one of which stands normed
+        scores = [heap.new(score_bytes), heap.new(score_bytes)]  # and their softmax
         heap.free(*scores, heap.new(own_bytes(s, layout)), heap.new(own_bytes(s, layout)))
     return project(heap, s, attended(heap, s, layout, normed, copies=copies), own_bytes(s, layout))
 
