@@ -410,19 +410,20 @@ def test_sweep_table_of_nothing():
 
 
 def drive(reporter: progress_module.ProgressReporter) -> None:
-    for _ in range(2):  # the run, then its reference
-        reporter.update("start workers", 0, None)
+    for launch in ("", "reference: "):
+        reporter.update(f"{launch}start workers", 0, None)
         for done in range(4):
-            reporter.update("load weights", done * GIB, 3 * GIB, 1.5)
-            reporter.update("load weights", done * GIB, 3 * GIB, 1.5)
-        reporter.update("measure", 1, 4)
+            reporter.update(f"{launch}load weights", done * GIB, 3 * GIB, 1.5)
+            reporter.update(f"{launch}load weights", done * GIB, 3 * GIB, 1.5)
+        reporter.update(f"{launch}measure", 1, 4)
 
 
 def test_plain_progress_is_a_line_a_phase():
     screen = Screen()
     with screen.console.progress() as reporter:
         drive(reporter)
-    assert screen.text().splitlines() == ["start workers ...", "load weights ...", "measure ..."] * 2
+    phases = ["start workers ...", "load weights ...", "measure ..."]
+    assert screen.text().splitlines() == [*phases, *(f"reference: {phase}" for phase in phases)]
 
 
 def test_plain_progress_reports_now_and_then(monkeypatch):

@@ -252,8 +252,9 @@ def test_auto_has_nothing_to_compare_mode_none_with(execute):
     assert record.outcome == "finished" and "parity/rel_l2" not in record.metrics
 
 
-def test_always_repeats_mode_none(execute):
+def test_always_repeats_mode_none(execute, capsys):
     assert execute("verify=always", "workload.batch_size=2").metrics["parity/bit_equal"] == 1.0
+    assert "\nreference: load weights ...\n" in capsys.readouterr().out
 
 
 def test_a_wrong_answer_is_inexact(execute, monkeypatch):

@@ -261,7 +261,8 @@ def _launch(job: Job, progress: ProgressReporter, phases: dict[str, float] | Non
     from wanexp.launch import launch  # imports torch, so late
     from wanexp.outer_torchrun import lead, without_outer_torchrun
 
-    progress.update("start workers", 0, None)
+    whose = "" if job.reference_of is None else "reference: "
+    progress.update(f"{whose}start workers", 0, None)
     state: dict[str, dict[int, float]] = {}
 
     def on_event(event: Event) -> None:
@@ -270,7 +271,8 @@ def _launch(job: Job, progress: ProgressReporter, phases: dict[str, float] | Non
                 phases.setdefault(event["phase"], event["time"])
             done = state.setdefault(event["phase"], {})
             done[event["rank"]] = event["done"]
-            progress.update(event["phase"], min(done.values()), event["total"], event.get("memory_gib"))
+            phase = whose + event["phase"]
+            progress.update(phase, min(done.values()), event["total"], event.get("memory_gib"))
 
     if outer_rank() is None:
         return launch(job, on_event=on_event)

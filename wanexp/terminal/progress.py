@@ -1,7 +1,7 @@
 """Progress over the phases of a run: bars in a terminal, elsewhere plain lines without control codes."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -28,10 +28,7 @@ class ProgressReporter(Protocol):
     def update(
         self, phase: str, done: float, total: float | None = None, memory_gib: float | None = None
     ) -> None:
-        """`done` of `total` of `phase`: a count, or bytes from 1 MiB on; total None: unknown.
-
-        A phase that is not yet shown begins; when the very first one comes again, a new launch does.
-        """
+        """`done` of `total` of `phase`: a count, or bytes from 1 MiB on; total None: unknown."""
 
 
 @contextmanager
@@ -41,7 +38,7 @@ def show_progress(console: Console) -> Iterator[ProgressReporter]:
         yield _PlainProgress(console)
         return
     bars = Progress(
-        TextColumn("{task.description:<13}"),
+        TextColumn("{task.description:<25}"),
         BarColumn(bar_width=24),
         TextColumn("{task.fields[count]:>16}"),
         TimeElapsedColumn(),
@@ -66,8 +63,6 @@ class _PlainProgress:
         self, phase: str, done: float, total: float | None = None, memory_gib: float | None = None
     ) -> None:
         now = time.monotonic()
-        if _is_new_launch(phase, self._phases):
-            self._phases.clear()
         if phase not in self._phases:
             self._phases[phase] = self._last = now
             self._console.print(f"{phase} ...", soft_wrap=True)
@@ -92,9 +87,6 @@ class _BarProgress:
     def update(
         self, phase: str, done: float, total: float | None = None, memory_gib: float | None = None
     ) -> None:
-        if _is_new_launch(phase, self._tasks):
-            self._end_phases()
-            self._tasks.clear()
         if phase not in self._tasks:
             self._end_phases()
             self._tasks[phase] = self._bars.add_task(phase, total=total, count="", memory="")
@@ -119,11 +111,6 @@ class _TimeLeftColumn(ProgressColumn):
             return Text("")
         minutes, seconds = divmod(int(task.time_remaining), 60)
         return Text(f"{minutes}:{seconds:02d} left")
-
-
-def _is_new_launch(phase: str, shown: Iterable[str]) -> bool:
-    phases = list(shown)
-    return len(phases) > 1 and phase == phases[0]
 
 
 def _count(done: float, total: float | None) -> str:
