@@ -1,4 +1,7 @@
-"""The real command line in processes of its own: runs, sweeps, exit codes, an outer torchrun."""
+"""The real command line in processes of its own: runs, sweeps, exit codes, an outer torchrun.
+
+README's first command begins with a new interpreter; the others are forked from one that has torch loaded.
+"""
 
 import json
 import os
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY
+from tests.warm_program import run_warm
 from wanexp.record import Record, read_record
 from wanexp.sweep import sweep_name_of
 
@@ -20,13 +24,19 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
 def command(tmp_path: Path):
     """`python -m ...` in an empty folder."""
 
-    def call(*arguments: str, program: tuple[str, ...] = ("wanexp",)) -> subprocess.CompletedProcess:
+    def call(
+        *arguments: str, program: tuple[str, ...] = ("wanexp",), is_warm: bool = True
+    ) -> subprocess.CompletedProcess:
         outer = ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "HYDRA_FULL_ERROR", "MLFLOW_TRACKING_URI")
         environment = {key: value for key, value in os.environ.items() if key not in outer}
+        environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+        words = [*program, *arguments]
+        if is_warm:
+            return run_warm(words, cwd=tmp_path, env=environment, timeout=240)
         return subprocess.run(
-            [sys.executable, "-m", *program, *arguments],
+            [sys.executable, "-m", *words],
             cwd=tmp_path,
-            env=environment | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"},
+            env=environment,
             capture_output=True,
             text=True,
             timeout=240,
@@ -48,7 +58,7 @@ def cells(folder: Path, name: str) -> dict[str, str]:
 @pytest.mark.slow
 def test_the_first_command_of_the_readme(command, tmp_path):
     """No argument at all: MLflow included."""
-    done = command()
+    done = command(is_warm=False)
     assert done.returncode == 0, done.stdout + done.stderr
     run, record = only_run(tmp_path)
     assert record.outcome == "finished" and record.requested["model"]["name"] == "tiny"

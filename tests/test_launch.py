@@ -14,6 +14,7 @@ import pytest
 
 from tests import faults
 from tests.conftest import TINY, Composer, cpu_devices
+from tests.warm_program import WarmProgram
 from wanexp import launch as launch_module
 from wanexp import worker
 from wanexp.events import EventLog, EventTail, event_path, log_path
@@ -229,17 +230,13 @@ class Command:
     def __init__(self, folder: Path, *overrides: str) -> None:
         environment = {key: os.environ[key] for key in os.environ if key not in OUTER_VARIABLES}
         self.folder = folder / "run"
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "wanexp", *TINY, "workload.num_steps=100000"),
-                *(f"hydra.run.dir={self.folder}", *overrides),
-            ],
+        self.stdout = folder / "output"
+        self.process = WarmProgram(
+            ["wanexp", *TINY, "workload.num_steps=100000", f"hydra.run.dir={self.folder}", *overrides],
             cwd=folder,
             env=environment | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
+            stdout=self.stdout,
+            stderr=self.stdout,
         )
 
     def wait_for_steps(self, number: int = 3) -> list[int]:
@@ -250,7 +247,7 @@ class Command:
             steps = [event["rank"] for event in events if event["kind"] == "step"]
             if min(steps.count(0), steps.count(1)) >= number:
                 return [event["pid"] for event in events if event["kind"] == "start"]
-            assert self.process.poll() is None, self.output()
+            assert self.process.returncode is None, self.output()
             assert time.monotonic() < deadline, events[-3:]
             time.sleep(0.05)
 
@@ -258,7 +255,8 @@ class Command:
         return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
 
     def output(self) -> str:
-        return self.process.communicate(timeout=30)[0]
+        self.process.wait(timeout=30)
+        return self.stdout.read_text()
 
 
 @pytest.fixture
@@ -271,7 +269,7 @@ def command(tmp_path: Path):
 
     yield start
     for one in started:
-        if one.process.poll() is None:
+        if one.process.returncode is None:
             os.killpg(one.process.pid, signal.SIGKILL)
 
 
@@ -301,5 +299,5 @@ def test_workers_do_not_survive_a_parent_that_is_killed(command):
     ranks = running.wait_for_steps()
     everyone = ranks + running.descendants()
     os.kill(running.process.pid, signal.SIGKILL)
-    running.process.wait()
+    running.process.wait(timeout=30)
     assert_gone(everyone)

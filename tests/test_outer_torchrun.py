@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 
 from tests.conftest import TINY
 from tests.test_launch import make_job
+from tests.warm_program import WarmProgram
 from wanexp.outer_watcher import OuterWatcher
 from wanexp.record import Record, read_record
 
@@ -48,7 +47,7 @@ class Ended:
 @pytest.fixture
 def two_machines(tmp_path: Path):
     """The same command under two torchruns of `ranks` processes; `second`: what the second one has more."""
-    started: list[subprocess.Popen] = []
+    started: list[WarmProgram] = []
 
     def call(
         *arguments: str, program: tuple[str, ...] = ("wanexp",), ranks: int = 2, second: tuple[str, ...] = ()
@@ -62,32 +61,24 @@ def two_machines(tmp_path: Path):
         folders, outputs = (tmp_path / "a", tmp_path / "b"), []
         for folder, is_host, more in zip(folders, ("1", "0"), ((), second), strict=True):
             folder.mkdir()
-            outputs.append((folder / "output").open("w+"))
+            outputs.append(folder / "output")
+            words = [
+                *("torch.distributed.run", "--nnodes", "2"),
+                *("--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"),
+                *("--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf", f"is_host={is_host}"),
+                *("-m", *program, *TINY, *arguments, *more),
+            ]
             started.append(
-                subprocess.Popen(
-                    [
-                        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"),
-                        *("--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"),
-                        *("--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf", f"is_host={is_host}"),
-                        *("-m", *program, *TINY, *arguments, *more),
-                    ],
-                    cwd=folder,
-                    env=environment,
-                    stdout=outputs[-1],
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+                WarmProgram(words, cwd=folder, env=environment, stdout=outputs[-1], stderr=outputs[-1])
             )
         begin = time.monotonic()
         codes = tuple(process.wait(timeout=120) for process in started)
         seconds = time.monotonic() - begin
-        for output in outputs:
-            output.seek(0)
-        return Ended(folders, codes, tuple(output.read() for output in outputs), seconds)
+        return Ended(folders, codes, tuple(output.read_text() for output in outputs), seconds)
 
     yield call
     for process in started:
-        if process.poll() is None:
+        if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)
 
 

@@ -3,13 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import TINY
 from tests.planning.test_planner import composed
+from tests.warm_program import run_warm
 from wanexp import plan_task
 from wanexp.record import Record, read_record
 from wanexp.terminal.plan_table import not_by_default
@@ -20,15 +20,7 @@ PRECISIONS = ("fp16", "fp32", "fp8", "fp8_weight", "int8_weight")
 
 def wanexp(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", "wanexp", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run_warm(["wanexp", *arguments], cwd=folder, env=environment, timeout=120)
 
 
 def record_in(folder: Path) -> Record:
