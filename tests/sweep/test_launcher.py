@@ -574,6 +574,7 @@ def test_code_that_has_changed_is_measured_again(sweep, fakes, tmp_path, monkeyp
         (["seed=1", "repeats=2"], "add -m"),
         (["seed=1", "resume=true", "sweep_name=s"], "add -m"),
         (["-m", "seed=1,2", "repeats=0"], "repeats is 0"),
+        (["-m", "seed=1,2", "hydra.sweeper.max_batch_size=x"], "hydra.sweeper.max_batch_size=x"),
         (["-m", "seed=1,2", "sweep_order=fast"], "sweep_order 'fast' does not exist"),
     ],
 )

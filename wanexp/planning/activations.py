@@ -196,7 +196,7 @@ def self_attention(heap: Heap, s: Sizes, score_bytes: int) -> int:
     v = heap.new(s.hidden)
     k = rope(heap, s, project_and_norm(heap, s.hidden))
     q = rope(heap, s, project_and_norm(heap, s.hidden))
-    heap.free(heap.new(score_bytes), heap.new(score_bytes))  # and their softmax
+    heap.free(heap.new(score_bytes), heap.new(score_bytes))  # scores and their softmax, where kept
     attended = heap.new(s.hidden)
     heap.free(q, k, v)
     out = heap.new(s.hidden)

@@ -71,7 +71,7 @@ def self_attention(
     heap: Heap, s: Sizes, normed: int, layout: Layout, score_bytes: int, *, copies: bool = False
 ) -> int:
     if score_bytes:  # beside q, k and v, for one of which stands normed
-        scores = [heap.new(score_bytes), heap.new(score_bytes)]  # and their softmax
+        scores = [heap.new(score_bytes), heap.new(score_bytes)]  # of them the second is their softmax
         heap.free(*scores, heap.new(own_bytes(s, layout)), heap.new(own_bytes(s, layout)))
     return project(heap, s, attended(heap, s, layout, normed, copies=copies), own_bytes(s, layout))
 
