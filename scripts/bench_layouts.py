@@ -453,7 +453,7 @@ def compare(record: Record, case: Case, job: Job, none_number: int | None) -> No
     """The distance of the run's answer to mode none's, sample by sample; of mode none itself there is none to take."""
     import torch
 
-    from wanexp.measure.parity import compare_answers, read_answer
+    from wanexp.measure.parity import FLOWS, compare_answers, read_answer
     from wanexp.planning.plan import parity_tolerance
 
     folder = job.run_folder.parent
@@ -466,8 +466,8 @@ def compare(record: Record, case: Case, job: Job, none_number: int | None) -> No
     if missing := [place.name for place in places if not kernels_file(place).exists()]:
         record.warnings.append(f"not compared with mode none: it left no answer in {', '.join(missing)}")
         return
-    flow = torch.cat([read_answer(place)["flow"] for place in places])
-    parity = compare_answers(read_answer(job.run_folder), {"flow": flow})
+    flows = torch.cat([read_answer(place)[FLOWS] for place in places])
+    parity = compare_answers(read_answer(job.run_folder), {FLOWS: flows})
     own = list(exact_kernels(record.effective))
     alike = all(json.loads(kernels_file(place).read_text()) == own for place in places)
     record.metrics["parity/same_kernels"] = float(alike)

@@ -1,6 +1,7 @@
 """What tests of the engine share: a run config small enough for a second a run."""
 
 import functools
+import gc
 import inspect
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -49,6 +50,13 @@ PER_TOKEN = (
 )
 
 Composer = Callable[..., RunConfig]
+
+gc.set_threshold(50_000)  # as the program has it
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: nobody looks through it for garbage."""
+    gc.freeze()
 
 
 def compose_run(*overrides: str) -> RunConfig:

@@ -122,7 +122,7 @@ class WorkloadConfig:
 
     name: str = MISSING  # denoise, train
     num_steps: int = 4  # timed denoising (or optimiser) steps
-    num_warmup_steps: int = 1  # untimed ones before them
+    num_warmup_steps: int = 1  # untimed ones before them, of each expert
     batch_size: int | None = None  # samples in the whole batch; None: one a replica
     guidance_scale: list[float] | None = None  # None: the model's; above 1 each step is two forwards (CFG)
     learning_rate: float = 1e-5

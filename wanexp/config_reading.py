@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -84,7 +85,7 @@ def run_config_from_dict(values: Mapping[str, Any]) -> RunConfig:
             if value < least:
                 raise UserError(f"{key} is {value}; write {least} or more")
     try:
-        schema = OmegaConf.merge(OmegaConf.structured(RunConfig), known)
+        schema = OmegaConf.merge(_schema(), known)
         missing = sorted(OmegaConf.missing_keys(schema))
         if missing:
             raise UserError(f"{missing[0]} has no value")
@@ -94,6 +95,14 @@ def run_config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     assert isinstance(config, RunConfig)
     _check(config)
     return config
+
+
+@cache
+def _schema() -> DictConfig:
+    """Made once, as it takes as long as filling it in."""
+    schema = OmegaConf.structured(RunConfig)
+    assert isinstance(schema, DictConfig)
+    return schema
 
 
 def _check(config: RunConfig) -> None:

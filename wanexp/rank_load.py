@@ -21,7 +21,7 @@ from wanexp.job import Job
 from wanexp.measure.memory import anonymous_rss_bytes
 from wanexp.offload.block_swap import BlockSwap, swap_blocks
 from wanexp.offload.load_device import loading_device, move_to_owners
-from wanexp.offload.quantize import float8_kernel, quantize_linears
+from wanexp.offload.quantize import QuantizedLinear, float8_kernel, quantize_linears
 from wanexp.parallel.agreement import check_agreement, fingerprint
 from wanexp.parallel.block_distribution import position_of
 from wanexp.parallel.groups import Groups
@@ -147,7 +147,7 @@ class RankLoader:
             "attention_probe": {"self": asdict(attention), "cross": asdict(cross_attention)},
             "kernels": kernels,
             "transport": self.groups.transport,
-            "linear": self.effective_linear(),
+            "linear": self.effective_linear(models),
             "swapped_blocks": list(self.plan.swapped),
             "weights": [source.describe() for source in sources],
         }
@@ -187,14 +187,19 @@ class RankLoader:
             dist.broadcast_object_list(choices, src=0)
         return choices[0], choices[1]
 
-    def effective_linear(self) -> str:
-        """How the linear layers compute: `fp8 (scaled_mm)` or what it is emulated by; else as configured."""
-        linear, arch = self.config.precision.linear, self.config.model.architecture
+    def effective_linear(self, models: Sequence[ParallelModel]) -> str:
+        """How the linear layers compute: `fp8 (scaled_mm)` or `fp8 (emulated)`, or both; else as configured."""
+        linear = self.config.precision.linear
         if linear != "fp8":
             return linear
-        shape = (arch.dim // self.plan.layout.tp, arch.dim)
-        kernel = float8_kernel(self.plan.device_type, self.compute_dtype, shape, self.compute_capability)
-        return f"fp8 ({kernel})"
+        layers = [
+            layer for model in models for layer in model.bare.modules() if isinstance(layer, QuantizedLinear)
+        ]
+        shapes = {tuple(layer.weight.shape) for layer in layers}
+        kernel_of = partial(
+            float8_kernel, self.plan.device_type, self.compute_dtype, capability=self.compute_capability
+        )
+        return f"fp8 ({', '.join(sorted({kernel_of(shape) for shape in shapes}))})"
 
     def reserve_places(self) -> None:
         """What Ulysses will need of peer memory: no step waits for it, and a lack of memory shows here."""

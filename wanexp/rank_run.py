@@ -26,6 +26,7 @@ from wanexp.measure.memory import (
     reset_peaks,
 )
 from wanexp.measure.parity import (
+    FLOWS,
     blocks_to_verify,
     compare_answers,
     read_answer,
@@ -43,7 +44,7 @@ from wanexp.rank_load import Loaded, RankLoader
 from wanexp.wan.transformer import first_blocks
 from wanexp.workloads.denoise import Denoise
 from wanexp.workloads.samples import Samples, draw_samples, sample_shapes
-from wanexp.workloads.sizes import num_parity_forwards
+from wanexp.workloads.schedule import num_parity_forwards, warmup_steps
 from wanexp.workloads.train import Train
 
 Workload = Denoise | Train
@@ -144,6 +145,7 @@ class RankRun:
         if self.plan.mode != "data_parallel":
             return self.draw(range(first, first + count))
         whole = self.draw(range(self.plan.batch_size)).tensors() if self.rank == 0 else {}
+        self.connect_replicas()
         self.stopwatch.synchronize()
         begin = time.perf_counter()
         parts = {
@@ -159,6 +161,12 @@ class RankRun:
         self.report["scatter_s"] = time.perf_counter() - begin
         return Samples(**{name: part.clone() for name, part in parts.items()})  # lets go of the whole batch
 
+    def connect_replicas(self) -> None:
+        """A first number each way: setting up connections takes NCCL a hundred times as long as a batch."""
+        numbers = torch.zeros(self.plan.batch_size, device=self.devices[0]) if self.rank == 0 else None
+        like = torch.empty((), device=self.devices[0])
+        self.gather(scatter_batch(numbers, self.plan.replica_shares, rank=self.rank, like=like))
+
     def draw(self, indices: range) -> Samples:
         config = self.config
         return draw_samples(config.model, config.video, seed=config.seed, indices=indices).to(self.devices[0])
@@ -171,10 +179,10 @@ class RankRun:
     def warm_up(self, workload: Workload) -> None:
         self.stopwatch.synchronize()
         begin = time.perf_counter()
-        total = self.config.workload.num_warmup_steps
-        for index in range(total):
-            self.events.progress("warm-up", index, total)
-            workload.step(index % self.config.workload.num_steps)
+        steps = warmup_steps(self.config)
+        for number, index in enumerate(steps):
+            self.events.progress("warm-up", number, len(steps))
+            workload.step(index)
         workload.restart()
         self.stopwatch.synchronize()
         self.report["warmup_s"] = time.perf_counter() - begin
@@ -220,6 +228,7 @@ class RankRun:
         }
         self.stopwatch.restart()
         if self.plan.mode == "data_parallel" and isinstance(workload, Denoise):
+            self.stopwatch.synchronize()  # no rank waits for another's last step in here
             gather_begin = time.perf_counter()
             self.gather(workload.latent)
             self.stopwatch.synchronize()
@@ -259,7 +268,7 @@ class RankRun:
                 stack.enter_context(first_blocks(model.bare, self.report["parity_blocks"]))
             flows = self.gather(workload.parity_flows())
         if flows is not None:
-            write_answer(self.job.run_folder, {"flow": flows})
+            write_answer(self.job.run_folder, {FLOWS: flows})
 
     def blocks_to_verify(self) -> int:
         """The same number on all ranks, as they all know the slowest rank's times."""
@@ -301,7 +310,7 @@ class RankRun:
             assert isinstance(workload, Denoise)
             flows.append(workload.parity_flows().cpu())
             first += size
-        return {"flow": torch.cat(flows)}
+        return {FLOWS: torch.cat(flows)}
 
     def profile(self, workload: Workload) -> None:
         """A torch profiler trace of one step, in a pass of its own: its overhead is in no other figure."""

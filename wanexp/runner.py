@@ -33,10 +33,12 @@ from wanexp.measure.statistics import noise_warning, summarise_samples
 from wanexp.planning.plan import LOSSY_ATTENTIONS, Plan, is_lossy_run, parity_tolerance, reference_plan
 from wanexp.planning.planner import cap_memory
 from wanexp.planning.preflight import Preflight, preflight
+from wanexp.planning.sizes import has_wide_residual
 from wanexp.record import FILE_NAME, Record
 from wanexp.sweep import outer_rank
 from wanexp.terminal.console import Console, ProgressReporter
 from wanexp.tracking.mlflow_store import track
+from wanexp.workloads.schedule import missed_expert_warning
 
 if TYPE_CHECKING:
     from wanexp.launch import Launched
@@ -318,6 +320,8 @@ def take_results(record: Record, config: RunConfig, prepared: Prepared, launched
             "the first timed step has one-time set-up in it (workload.num_warmup_steps=0), such as the compilation of "
             "kernels"
         )
+    if steps and (warning := missed_expert_warning(config)):
+        record.warnings.append(warning)
     if steps and (warning := noise_warning(summarise_samples(steps), "the step time")):
         record.warnings.append(warning)
 
@@ -405,7 +409,7 @@ def effective_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "precision": config.precision.name,
         "is_lossy": is_lossy_run(config),
         "tolerance": parity_tolerance(config),
-        "residual": "float32" if config.precision.residual_fp32 else config.precision.dtype,
+        "residual": "float32" if has_wide_residual(config) else config.precision.dtype,
         "device_type": plan.device_type,
         "devices": [{"label": device.label, **dataclasses.asdict(device)} for device in plan.devices],
         "num_gpus": plan.num_gpus,

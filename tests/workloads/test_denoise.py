@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from tests.conftest import PER_TOKEN, TWO_EXPERTS, Composer
 from wanexp.parallel.requests import ForwardArguments
-from wanexp.workloads.denoise import Denoise, expert_for, sigma_schedule
+from wanexp.workloads.denoise import Denoise
 from wanexp.workloads.samples import Samples, draw_samples
+from wanexp.workloads.schedule import expert_for, sigma_schedule
 from wanexp.workloads.sizes import guidance_of
 
 

@@ -33,6 +33,8 @@ NAMED_SIZES = (
     (r"1[._]3b", "wan2.1_t2v_1.3b"),
     (r"5b", "wan2.2_ti2v_5b"),
     (r"i2v.*14b", "wan2.1_i2v_14b_480p"),
+    (r"i2v.*720p.*14b|i2v.*14b.*720p", "wan2.1_i2v_14b_720p"),
+    (r"flf2v.*14b", "wan2.1_flf2v_14b"),
     (r"a14b", "wan2.2_t2v_a14b"),
     (r"i2v.*a14b", "wan2.2_i2v_a14b"),
 )

@@ -209,10 +209,12 @@ class _SplitForward:
         own = q[:, : self.own_tokens]
         if self.exchange is not None:
             return self.exchange.attend(attend, own, k, v, rows=self.rows, apart=apart)
-        attended = q.new_empty(q.shape)
-        attended[:, : self.own_tokens] = attend(own, k, v)
-        attended[:, self.own_tokens :].zero_()
-        return attended
+        attended = attend(own, k, v)
+        if len(own[0]) == len(q[0]):
+            return attended
+        padded = q.new_zeros(q.shape)  # only now, as nothing of the ring is held any more
+        padded[:, : self.own_tokens] = attended
+        return padded
 
     def _around_ring(self, attend: AttentionWithLse, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.ring is not None

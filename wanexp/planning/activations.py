@@ -33,6 +33,7 @@ class Sizes:
     ffn_chunks: int = 1  # runs of tokens that the FFN takes one after the other
     writes_float8: bool = False  # fused kernels write what float8 layers read, and with a scale a row
     float8_attention: bool = False  # beside q, k and v lie copies of 8 bits
+    widens_weights: bool = False  # kept in 8 bits, for their products in the compute dtype
 
     @property
     def tokens(self) -> int:
@@ -62,6 +63,11 @@ class Sizes:
     def inner(self) -> int:
         """[batch, tokens, ffn_dim] in the compute dtype (F)."""
         return self.batch * self.tokens * self.arch.ffn_dim * self.compute
+
+    @property
+    def wide_weight(self) -> int:
+        """One of the FFN's weights for its product, where it is kept in 8 bits."""
+        return self.arch.dim * self.arch.ffn_dim * self.compute if self.widens_weights else 0
 
     @property
     def normed(self) -> int:
@@ -260,7 +266,9 @@ def feed_forward(heap: Heap, s: Sizes, consumed: int = 0) -> int:
     """
     parts = []
     for _ in range(s.ffn_chunks):
+        weight = heap.new(s.wide_weight)
         wide = heap.new(s.inner // s.ffn_chunks)
+        heap.free(weight)
         if not consumed:
             activated = heap.new(s.inner // s.ffn_chunks)
             heap.free(wide)
@@ -271,8 +279,9 @@ def feed_forward(heap: Heap, s: Sizes, consumed: int = 0) -> int:
             narrow = heap.new(s.read_by_layer(s.inner) // s.ffn_chunks)
             heap.free(wide)
             wide = narrow
+        weight = heap.new(s.wide_weight)
         parts.append(heap.new(s.hidden // s.ffn_chunks))
-        heap.free(wide)
+        heap.free(wide, weight)
     if len(parts) == 1:
         return parts[0]
     joined = heap.new(s.hidden)

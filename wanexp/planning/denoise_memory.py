@@ -53,6 +53,7 @@ def denoise_heap(config: RunConfig, plan: Plan, rank: RankPlan, position: int) -
     whole = replace(
         sizes_of(config, 1) if plan.is_pipelined else samples,
         writes_float8=kernels.writes_float8,
+        widens_weights=kernels.linear.endswith("_weight"),
         float8_attention=kernels.has_float8_attention,
     )
     copies = plan.transport == "copies"

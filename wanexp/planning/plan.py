@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from wanexp.config import RunConfig
+from wanexp.config import OffloadConfig, RunConfig
 from wanexp.errors import LayoutError, UserError
 from wanexp.hardware.devices import Device
 from wanexp.offload.sizes import tensor_bytes
@@ -24,6 +24,7 @@ from wanexp.parallel.shares import (
     part_of_rank,
 )
 from wanexp.parallel.transport import choose_transport
+from wanexp.planning.block_work import FP8_CAPABILITY
 from wanexp.workloads.sizes import guidance_of, num_tokens
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -118,7 +119,7 @@ def make_plan(config: RunConfig, devices: Sequence[Device]) -> Plan:
             f"write workload.batch_size={layout.dp} or more, or fewer GPUs"
         )
     _check_workload(config, layout, batch_size)
-    _check_offload(config, layout)
+    _check_offload(config, layout, devices[0])
     architecture = config.model.architecture
     check_tensor_parallel(architecture, layout.tp)
     check_context_parallel(
@@ -193,10 +194,27 @@ def _check_workload(config: RunConfig, layout: Layout, batch_size: int) -> None:
         )
 
 
-def _check_offload(config: RunConfig, layout: Layout) -> None:
-    """Raise LayoutError for weights on the host or in 8 bits where the layout or the workload cannot have them."""
+def _check_offload(config: RunConfig, layout: Layout, device: Device) -> None:
+    """Raise LayoutError for weights on the host or in 8 bits where they cannot be had."""
     swaps, quantizes = config.offload.blocks != "0", config.precision.linear != "dtype"
+    in_float8 = config.precision.linear == "fp8"
     refusals = (
+        (
+            config.offload.buffers != OffloadConfig.buffers and not swaps,
+            f"offload.buffers is {config.offload.buffers} and no block is swapped; write offload=block_swap too",
+        ),
+        (
+            in_float8 and device.type == "cuda" and config.precision.dtype != "bfloat16",
+            f"precision.linear=fp8 computes in bfloat16, precision.dtype is {config.precision.dtype}; write "
+            "precision=fp8, or precision.linear=fp8_weight",
+        ),
+        (
+            in_float8
+            and device.compute_capability is not None
+            and device.compute_capability < FP8_CAPABILITY,
+            f"precision.linear=fp8 needs float8 units, from compute capability 8.9 on, {device.name} has "
+            f"{'.'.join(map(str, device.compute_capability or ()))}; write precision=fp8_weight",
+        ),
         (
             swaps and layout.shard > 1,
             f"block swap with shard={layout.shard} is refused: both decide where a block's weights are; write one of "
@@ -238,6 +256,11 @@ def _place_blocks(config: RunConfig, layout: Layout, devices: Sequence[Device]) 
         raise LayoutError(
             f"{parallelism.mode} has no blocks to place; leave parallelism.block_placement, block_split and "
             "block_chunks out, or write parallelism=block_distribution"
+        )
+    if not parallelism.pipeline and "blocks" not in AXES_OF_MODE[parallelism.mode]:
+        raise LayoutError(
+            f"{parallelism.mode} has no blocks to work at the same time; leave parallelism.pipeline out, or write "
+            "parallelism=block_distribution"
         )
     if parallelism.block_chunks is not None and layout.blocks > 1:
         if parallelism.block_placement != "interleaved" or parallelism.block_split is not None:

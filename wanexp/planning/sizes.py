@@ -14,16 +14,20 @@ def sizes_of(config: RunConfig, batch: int) -> Sizes:
     """Sizes of the tensors of one forward of `batch` samples."""
     _, frames, height, width = latent_shape(config.model, config.video)
     compute = DTYPE_BYTES[config.precision.dtype]
-    wide = config.precision.residual_fp32 or config.workload.name == "train"  # fp32 masters: an fp32 stream
     return Sizes(
         config.model.architecture,
         batch,
         config.model.architecture.token_grid(frames, height, width),
         compute=compute,
-        residual=4 if wide else compute,
+        residual=4 if has_wide_residual(config) else compute,
         distinct_timesteps=2 if config.model.per_token_timestep else 0,
         ffn_chunks=config.ffn_chunks,
     )
+
+
+def has_wide_residual(config: RunConfig) -> bool:
+    """Whether the residual stream is in fp32: where asked for, and in training, whose weights are."""
+    return config.precision.residual_fp32 or config.workload.name == "train"
 
 
 def share_of(whole: Sizes, layout: Layout) -> Sizes:

@@ -8,6 +8,7 @@ from rich.table import Table
 from wanexp.config import RunConfig
 from wanexp.planning.plan import Plan, is_lossy_run
 from wanexp.terminal.tables import plain_table
+from wanexp.workloads.schedule import warmup_steps
 from wanexp.workloads.sizes import forwards_per_step, guidance_of, num_tokens
 
 GIB = 1024**3
@@ -19,7 +20,7 @@ def card_rows(config: RunConfig, plan: Plan, weights: str) -> dict[str, str]:
     seconds = video.num_frames / video.fps
     timed, warmup = (
         _plural(workload.num_steps, "timed step"),
-        _plural(workload.num_warmup_steps, "warm-up step"),
+        _plural(len(warmup_steps(config)), "warm-up step"),
     )
     how = f"learning rate {workload.learning_rate:g}" if workload.name == "train" else _guidance(config)
     residual = ", fp32 residuals" if config.precision.residual_fp32 else ""

@@ -1,9 +1,8 @@
 """The denoise workload: flow-matching Euler steps, with or without guidance (CFG), on one share of a batch.
 
-    sigma' = shift * sigma / (1 + (shift - 1) * sigma),  t = 1000 * sigma',  x += (sigma'_next - sigma'_now) * v
-    v = uncond + guidance * (cond - uncond)
+    x += (sigma_next - sigma_now) * v,  v = uncond + guidance * (cond - uncond)
 
-Formulas of the Wan 2.1 sampler (flow matching, Euler); of two experts the first serves t >= boundary * 1000.
+Formulas of the Wan 2.1 sampler (flow matching, Euler), with the noise levels of `schedule.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,19 +15,8 @@ from wanexp.config import RunConfig
 from wanexp.parallel.parallelize import ParallelModel
 from wanexp.parallel.requests import ForwardArguments
 from wanexp.workloads.samples import Samples, timesteps_of
-from wanexp.workloads.sizes import forwards_per_step, guidance_of, parity_steps
-
-
-def sigma_schedule(num_steps: int, shift: float) -> list[float]:
-    """`num_steps` + 1 noise levels from 1 to 0."""
-    sigmas = [1 - index / num_steps for index in range(num_steps + 1)]
-    return [shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas]
-
-
-def expert_for(config: RunConfig, timestep: float) -> int:
-    """The index of the expert that serves `timestep` (0 to 1000)."""
-    boundary = config.model.expert_boundary
-    return int(config.model.num_experts > 1 and boundary is not None and timestep < boundary * 1000)
+from wanexp.workloads.schedule import expert_for, parity_steps, sigma_schedule
+from wanexp.workloads.sizes import forwards_per_step, guidance_of
 
 
 class Denoise:

@@ -28,14 +28,3 @@ def guidance_of(config: RunConfig) -> list[float]:
 def forwards_per_step(config: RunConfig) -> int:
     """Two under classifier-free guidance (a scale above 1), else one; training has one."""
     return 2 if config.workload.name == "denoise" and max(guidance_of(config)) > 1 else 1
-
-
-def parity_steps(config: RunConfig) -> list[int]:
-    """The denoising steps whose flows the parity check compares: first and last, without guidance one between."""
-    last = config.workload.num_steps - 1
-    return sorted({0, last} if forwards_per_step(config) == 2 else {0, round(last / 2), last})
-
-
-def num_parity_forwards(config: RunConfig) -> int:
-    """Forwards that the check takes for a sample."""
-    return len(parity_steps(config)) * forwards_per_step(config)
