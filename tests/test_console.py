@@ -1,6 +1,7 @@
 """What a person sees, read as text at 80 and 120 columns."""
 
 import dataclasses
+import errno
 import io
 from typing import Any
 
@@ -455,3 +456,15 @@ def test_bars_survive_ctrl_c():
         reporter.update("measure", 1, 4)
         raise KeyboardInterrupt
     assert "\x1b[?25h" in file.getvalue()  # the cursor is back
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_reader_that_goes_away_and_a_full_disk_end_the_printing_alone(monkeypatch, error):
+    class Gone(io.StringIO):
+        def flush(self) -> None:
+            raise error
+
+    monkeypatch.setattr("os.dup2", lambda *_: None)  # rich would take pytest's own stdout away
+    console = Console(file=Gone(), width=80)
+    console.tracking_lines(["a line", "another"])
+    assert console.rich.quiet

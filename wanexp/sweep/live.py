@@ -35,6 +35,7 @@ from wanexp.hardware.nvml import NvmlUnavailable, handle_of, open_nvml, used_byt
 from wanexp.sweep.files import PROGRESS_FILE, write_json
 from wanexp.sweep.order import can_run
 from wanexp.sweep.run import SweepRun
+from wanexp.terminal.screen import Screen
 from wanexp.tracking.describe import number
 
 GIB = 1024**3
@@ -100,9 +101,7 @@ class LiveSweep:
     ) -> None:
         """`runs` may grow."""
         self._folder, self._runs, self._sweep_id = folder, runs, sweep_id
-        self._console = rich.console.Console(
-            file=stdout or sys.stdout, highlight=False, markup=False, emoji=False
-        )
+        self._console = Screen(file=stdout or sys.stdout, highlight=False, markup=False, emoji=False)
         self.is_terminal = self._console.is_terminal
         self._current: SweepRun | None = None
         self._tail: EventTail | None = None

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
-import rich.console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +20,7 @@ from wanexp.record import Record
 from wanexp.sweep.fingerprint import NOT_OF_THE_CELL
 from wanexp.terminal.end_table import device_table, parity_text, result_rows
 from wanexp.terminal.progress import ProgressReporter, show_progress
+from wanexp.terminal.screen import Screen
 from wanexp.terminal.start_card import card_rows, placement_table
 from wanexp.terminal.tables import LABEL_WIDTH, facts, plain_table
 from wanexp.tracking import describe
@@ -47,7 +47,7 @@ class Console:
     """Writes to `file` (default: stdout), `width` columns wide (default: the terminal's, else 80)."""
 
     def __init__(self, file: IO[str] | None = None, width: int | None = None) -> None:
-        self.rich = rich.console.Console(file=file, width=width, highlight=False, markup=False, emoji=False)
+        self.rich = Screen(file=file, width=width, highlight=False, markup=False, emoji=False)
 
     def start_card(self, config: RunConfig, plan: Plan, *, weights: str, notes: Sequence[str] = ()) -> None:
         """What is about to run, and which device holds what. weights: "random" or the checkpoint's path."""
