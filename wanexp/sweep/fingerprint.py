@@ -1,7 +1,8 @@
 """What a cell is: its resolved config, the code that runs it, the hardware it runs on. Equal print, equal cell.
 
 The code counts by its content and not by its commit, so that a checkout, an installed wheel and an uncommitted edit
-are told apart by what would run. Where a result goes and when it is given up (NOT_OF_THE_CELL) changes no result.
+are told apart by what would run. Where a result goes, whether a run is tried and when it is given up (NOT_OF_THE_CELL)
+changes no result.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ LENGTH = 16  # hex digits: 64 bits
 NOT_OF_THE_CELL = (
     "sweep_name",
     "resume",
+    "force",
     "repeats",
     "sweep_order",
     "sweep_report",
