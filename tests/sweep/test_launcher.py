@@ -367,6 +367,31 @@ def test_of_two_sweeps_that_begin_at_once_the_second_leaves_the_folder(sweep, fa
     assert (tmp_path / "multirun" / "s" / "000_none_1gpu").exists()
 
 
+@pytest.mark.parametrize("name", ["sweep.json", ".lock"])
+def test_a_mistake_removes_no_folder_that_another_sweep_uses_by_then(
+    sweep, fakes, monkeypatch, tmp_path, name
+):
+    def schedule(*_, **__):
+        (tmp_path / "multirun" / "s" / name).write_text("{}")  # of a sweep that began since `setup`
+        raise UserError("a mistake")
+
+    monkeypatch.setattr("wanexp.sweep.launcher.schedule", schedule)
+    assert sweep("-m", "seed=1,2", "sweep_name=s") == 2
+    assert (tmp_path / "multirun" / "s" / name).exists()
+    assert (tmp_path / "multirun" / "s" / "multirun.yaml").exists()
+
+
+def test_a_fault_of_our_own_between_two_runs_is_no_finished_sweep(sweep, fakes, monkeypatch, tmp_path):
+    def foreign_processes(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("wanexp.sweep.launcher.SweepLauncher._foreign_processes", foreign_processes)
+    with pytest.raises(RuntimeError, match="a bug"):
+        sweep("-m", "seed=1,2", "sweep_name=s", "hardware=cpu")
+    kept = sweep_file(tmp_path / "multirun" / "s")
+    assert (kept["state"], kept["reason"]) == ("stopped", "RuntimeError: a bug")
+
+
 def test_a_sweep_without_a_name_says_how_to_go_on_with_it(sweep, fakes, tmp_path, capsys):
     fakes.endings, fakes.writes = {1: "interrupted"}, True
     words = ["-m", "seed=1,2,3", "hardware=cpu", "tracking=none"]
@@ -543,6 +568,8 @@ def test_resume_runs_what_is_missing_or_not_finished(sweep, fakes, tmp_path):
     cells = sweep_file(folder)["cells"]
     assert [cell["kept"] for cell in cells] == [True, False, False]
     assert sorted(item.name for item in (folder / "replaced").iterdir()) == ["001_none_1gpu"]
+    assert sweep(*words, "seed=1,2,3", "resume=true", "force=true") == 0
+    assert len(fakes.calls) == 2, "a finished cell needs no force"
     assert [item.name for item in folder.glob("replaced/*/record.json")] == []
     fakes.calls.clear()
     assert sweep(*words, "seed=0,3", "resume=true") == 0

@@ -9,11 +9,10 @@ cannot be written) and where somebody ends it; the same command with resume=true
 """
 
 import functools
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -117,6 +116,11 @@ class SweepLauncher(Launcher):
             self.state = "interrupted"
         except OSError as error:
             self._stop(error)
+        except UserError:  # nothing was begun
+            raise
+        except Exception as error:  # our own mistake
+            self.state, self.reason = "stopped", f"{type(error).__name__}: {error}"
+            raise
         return results
 
     def finish(self) -> int:
@@ -158,10 +162,15 @@ class SweepLauncher(Launcher):
         return code or (1 if self.state == "stopped" or missing else 0)
 
     def discard(self) -> None:
-        """Remove the folder that Hydra made, where no cell was run in it."""
+        """Remove the folder that Hydra made, where no cell was run in it, and nobody else has begun there since."""
         self._stack.close()
-        if not self.existed and not self.runs:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.existed or self.runs:
+            return
+        if files.holds_a_sweep(self.folder) or (self.folder / files.LOCK_FILE).exists():
+            return
+        with suppress(OSError):  # not empty, or gone
+            (self.folder / "multirun.yaml").unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def _open(self) -> None:
         """Before the first run: lock the folder, see what is in it, begin to show. Raises UserError, OSError."""
