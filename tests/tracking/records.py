@@ -72,7 +72,7 @@ def write_run(folder: Path, record: Record | None = None) -> Record:
     record = record or make_record()
     for name, text in {
         ".hydra/config.yaml": "model:\n  name: tiny\n",
-        "rank0.log": "rank 0 says hello\n",
+        "ranks/rank0.log": "rank 0 says hello\n",
         "trace/kernels.txt": "gemm 12 ms\n",
     }.items():
         path = folder / name

@@ -63,7 +63,7 @@ def check_read_back(uri: str, tracked: Tracked, folder: Path) -> None:
     assert [(point.step, point.value) for point in steps] == [(0, 810.0), (1, 812.4), (2, 815.1), (3, 811.0)]
     assert len(client.get_metric_history(run.info.run_id, "system/gpu0/power_w")) == 20
     files = artifacts_of(client, run.info.run_id)
-    assert files == {"record.json", "config.yaml", "rank0.log", "trace/kernels.txt"}
+    assert files == {"record.json", "config.yaml", "ranks/rank0.log", "trace/kernels.txt"}
     local = Path(client.download_artifacts(run.info.run_id, "record.json", str(folder.parent)))
     assert read_record(local) == make_record()
 
@@ -265,10 +265,10 @@ def test_artifacts_stay_inside_the_folder(sqlite_uri: str, working_folder: Path)
     escapes = ["../secret.txt", str(working_folder / "secret.txt"), "link.txt"]
     write_run(folder)
     (folder / "link.txt").symlink_to(working_folder / "secret.txt")
-    (folder / "trace" / "link.log").symlink_to(working_folder / "secret.txt")
+    (folder / "ranks" / "link.log").symlink_to(working_folder / "secret.txt")
     record = make_record(artifacts=[*inside, *escapes])
     files, lines = artifact_files(record, folder)
-    assert set(files) == {Path("trace/kernels.txt"), Path("rank0.log")}
+    assert set(files) == {Path("trace/kernels.txt"), Path("ranks/rank0.log")}
     assert len(lines) == 3
     tracked = track(record, folder, TrackingConfig())
     assert tracked.state == "logged"
@@ -277,8 +277,18 @@ def test_artifacts_stay_inside_the_folder(sqlite_uri: str, working_folder: Path)
 
 def test_large_logs_stay_behind(working_folder: Path) -> None:
     write_run(working_folder)
-    (working_folder / "rank1.log").write_bytes(b"x" * (mlflow_store.MAX_LOG_BYTES + 1))
-    assert Path("rank1.log") not in artifact_files(make_record(), working_folder)[0]
+    (working_folder / "ranks" / "rank1.log").write_bytes(b"x" * (mlflow_store.MAX_LOG_BYTES + 1))
+    assert Path("ranks/rank1.log") not in artifact_files(make_record(), working_folder)[0]
+
+
+def test_logs_that_are_not_of_the_run_stay_behind(working_folder: Path) -> None:
+    write_run(working_folder)  # as with hydra.run.dir=.
+    for name in ("console.log", "reference/rank0.log", "build.log", "other/ranks/rank0.log"):
+        (working_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (working_folder / name).write_text("a line\n")
+    files, _ = artifact_files(make_record(), working_folder)
+    own = {Path("console.log"), Path("ranks/rank0.log"), Path("reference/rank0.log")}
+    assert set(files) == {*own, Path("trace/kernels.txt")}
 
 
 def test_a_lone_record_gets_its_files(sqlite_uri: str, working_folder: Path) -> None:

@@ -46,6 +46,7 @@ STATUS = {"finished": "FINISHED", "skipped": "FINISHED", "interrupted": "KILLED"
 RECORD_TAG = "wanexp.run_id"
 COMPLETE_TAG = "wanexp.logged"  # set last: a run without it is half of one
 METRICS_PER_CALL, PARAMS_PER_CALL = 899, 100  # MLflow's limits: 100 params, 1000 values of all kinds
+LOGS = ("console.log", "ranks/*.log", "reference/*.log")  # with hydra.run.dir=. there are others
 MAX_LOG_BYTES = 1 << 20  # larger logs of ranks stay in the run's folder
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast
 
@@ -242,8 +243,10 @@ def artifact_files(record: Record, folder: Path) -> tuple[list[Path], list[str]]
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file() and file.resolve().is_relative_to(root):
                 found[file.absolute().relative_to(folder)] = None
-    for file in sorted(folder.rglob("*.log")):
-        if file.is_file() and not file.is_symlink() and 0 < file.stat().st_size <= MAX_LOG_BYTES:
+    logs = [file for pattern in LOGS for file in sorted(folder.glob(pattern))]
+    for file in logs:
+        is_inside = file.resolve().is_relative_to(root) and not file.is_symlink()
+        if is_inside and file.is_file() and 0 < file.stat().st_size <= MAX_LOG_BYTES:
             found[file.relative_to(folder)] = None
     found.pop(Path(FILE_NAME), None)
     return list(found), lines
