@@ -22,7 +22,14 @@ from wanexp.measure import parity
 from wanexp.parallel.layout import Layout
 from wanexp.planning.plan import make_plan
 from wanexp.record import SCHEMA_VERSION, Record, read_record
-from wanexp.runner import NO_KERNEL, compare_with_reference, effective_settings, prepare, run
+from wanexp.runner import (
+    NO_KERNEL,
+    compare_with_reference,
+    effective_settings,
+    prepare,
+    run,
+    take_telemetry,
+)
 from wanexp.sweep import SweepCell
 from wanexp.wan.flash_attention import CannotRun
 from wanexp.wan.weights import RandomWeights
@@ -422,6 +429,32 @@ def test_a_mistake_of_our_own_leaves_its_record_too(run_config: Composer, tmp_pa
     assert (kept.outcome, kept.message) == ("failed", "RuntimeError: a bug")
     assert "in broken" in kept.error["traceback"]
     assert "wanexp itself failed (RuntimeError)" in capsys.readouterr().out
+
+
+def test_an_error_that_showed_once_ranks_had_begun_is_tracked(run_config, tmp_path, monkeypatch, capsys):
+    def execute(_config, _prepared, record: Record, *_) -> None:
+        record.effective = {"mode": "none"}
+        raise UserError("a kernel is not there")
+
+    def track(record: Record, folder: Path, _config) -> SimpleNamespace:
+        return SimpleNamespace(lines=[f"MLflow: {read_record(folder).outcome}"])
+
+    monkeypatch.setattr("wanexp.runner.execute", execute)
+    monkeypatch.setattr("wanexp.runner.track", track)
+    with pytest.raises(UserError, match="a kernel is not there"):
+        run(run_config("tracking.enabled=true"), folder=tmp_path)
+    assert "MLflow: failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("has_all_devices", "names"), [(True, {"joules", "joules_per_step"}), (False, set())]
+)
+def test_the_energy_of_one_machine_of_several_is_no_total(run_config, has_all_devices, names):
+    telemetry = SimpleNamespace(summarise=lambda *_: ({"energy/joules": 6.0, "telemetry/x": 1.0}, []))
+    launched = SimpleNamespace(reports={0: {"window": (1.0, 2.0)}})
+    record = Record("id", "none tiny", "now", {})
+    take_telemetry(record, run_config(), telemetry, launched, has_all_devices=has_all_devices)
+    assert set(record.metrics) == {"telemetry/x", *(f"energy/{name}" for name in names)}
 
 
 def test_a_full_disk_costs_the_record_and_not_the_end_table(run_config, tmp_path, monkeypatch, capsys):

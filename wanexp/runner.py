@@ -105,6 +105,7 @@ def run(
             record.ended = _now()
             with suppress(OSError):  # such as a full disk; what the user can mend is said
                 record.write(folder)
+                _track(record, folder, config, console)
             raise
     except KeyboardInterrupt:
         record.outcome, record.message = "interrupted", "interrupted by a signal"
@@ -128,9 +129,13 @@ def run(
         record.outcome, record.message = "failed", reason
         return record
     console.end_table(record, path)
+    _track(record, folder, config, console)
+    return record
+
+
+def _track(record: Record, folder: Path, config: RunConfig, console: Console) -> None:
     if config.tracking.enabled:
         console.tracking_lines(track(record, folder, config.tracking).lines)
-    return record
 
 
 @contextmanager
@@ -228,7 +233,7 @@ def execute(config: RunConfig, prepared: Prepared, record: Record, folder: Path,
         record.environment["machines"] = dict(prepared.machines.environments)
         if plan.num_gpus:
             record.warnings.append(
-                f"telemetry and energy are of {own_devices[0].node} alone, where rank 0 is"
+                f"telemetry is of {own_devices[0].node} alone, where rank 0 is, and energy is left out"
             )
     record.environment |= host_environment(own_devices)
     job = Job(
@@ -251,7 +256,7 @@ def execute(config: RunConfig, prepared: Prepared, record: Record, folder: Path,
         record.samples["phase_s"] = {phase: round(time - begin, 3) for phase, time in phases.items()}
         record.metrics |= prepared.preflight.predicted_metrics()
         record.metrics |= prepared.preflight.error_metrics(record.metrics)
-        take_telemetry(record, config, telemetry, launched)
+        take_telemetry(record, config, telemetry, launched, has_all_devices=nodes is None)
         if record.outcome == "finished" and "parity_blocks" in launched.reports[0]:
             compare_with_reference(record, job, launched.reports[0]["parity_blocks"], progress)
     leave_out_what_is_not_finite(record)
@@ -419,11 +424,18 @@ def effective_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
 
 
 def take_telemetry(
-    record: Record, config: RunConfig, telemetry: TelemetrySampler, launched: "Launched"
+    record: Record,
+    config: RunConfig,
+    telemetry: TelemetrySampler,
+    launched: "Launched",
+    *,
+    has_all_devices: bool,
 ) -> None:
     """What the GPUs did during the timed steps into the record's metrics, if a rank got as far as these."""
     if window := _window(launched.reports):
         metrics, warnings = telemetry.summarise(*window)
+        if not has_all_devices:  # a part would be taken for the run's total
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("energy/")}
         record.metrics |= metrics
         record.warnings += warnings
         if "energy/joules" in metrics:
