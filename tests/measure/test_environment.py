@@ -79,7 +79,7 @@ def test_variables_without_secrets():
     found = relevant_variables(variables)
     assert "hunter2" not in str(found)
     assert "pass" not in str(found)
-    assert found["TORCH_HOME"] == "https://***@host/x"
+    assert found["TORCH_HOME"] == "https://host/x"
     assert found["TORCH_API_TOKEN"] == "***"
     assert found["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert found.keys().isdisjoint({"HF_TOKEN", "MY_NCCL_X", "HOME", "OMP_NUM_THREADS_X"})

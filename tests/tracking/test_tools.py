@@ -218,6 +218,22 @@ def test_a_port_that_is_none_is_an_answer_not_a_traceback() -> None:
     assert "SSH-2.0" in problem
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://bob:s3cret@host/db", "postgresql://host/db"),
+        ("postgresql://host/db?user=bob&password=s3cret&x=1", "postgresql://host/db?user=bob&password=&x=1"),
+        ("mssql+pyodbc://host/db?PWD=s3cret", "mssql+pyodbc://host/db?PWD="),
+        ("https://host/x?access_token=s3cret#y", "https://host/x?access_token=#y"),
+        (r'{"said": "no \"http://host?token=s3cret\" here"}', r'{"said": "no \"http://host?token=\" here"}'),
+        ("tracking.uri='http://host?password=s3cret'", "tracking.uri='http://host?password='"),
+        ("the token=word of a sentence", "the token=word of a sentence"),
+    ],
+)
+def test_addresses_lose_their_secrets(text: str, shown: str) -> None:
+    assert location.without_password(text) == shown
+
+
 def test_links_hide_passwords() -> None:
     link = location.run_link("https://ada:secret@host/mlflow", "1", "r")
     assert link == "https://host/mlflow/#/experiments/1/runs/r?workflowType=machine_learning"
@@ -262,8 +278,27 @@ def test_ui_port() -> None:
         ui.free_port(99999)
 
 
+def test_ui_hands_the_password_of_a_store_to_the_server_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def popen(command: list[str], *, env: dict[str, str], **_: object) -> None:
+        assert "s3cret" not in " ".join(command)
+        assert env["MLFLOW_BACKEND_STORE_URI"] == uri
+        raise UserError("as far as this goes")
+
+    handled = []
+    monkeypatch.setattr(ui.signal, "signal", lambda number, _: handled.append(number))
+    monkeypatch.setattr(ui.subprocess, "Popen", popen)
+    monkeypatch.setattr(ui.signal, "getsignal", lambda _: signal.SIG_DFL)
+    uri = "postgresql://bob:s3cret@host/db"
+    with pytest.raises(UserError, match="as far as this goes"):
+        ui.serve(uri, "wanexp", None, open_browser=False)
+    assert handled == [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    assert "s3cret" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ui_serves_until_it_is_stopped(number: int, sqlite_uri: str, working_folder: Path) -> None:
     track(make_record(), working_folder, TrackingConfig())
     port = free_port()

@@ -20,6 +20,7 @@ import psutil
 import wanexp
 from wanexp.hardware.devices import Device, container_memory_limit, cpu_name
 from wanexp.hardware.nvml import NvmlUnavailable, ask, handle_of, open_nvml
+from wanexp.tracking.location import without_password
 
 GIB = 1024**3
 PACKAGES = (
@@ -36,7 +37,6 @@ PACKAGES = (
 )
 VARIABLES = re.compile(r"(CUDA|NCCL|GLOO|PYTORCH|TORCH)_.*|OMP_NUM_THREADS")
 SECRET_NAMES = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
-CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user:password of an address
 MAX_NVLINKS = 18
 P2P_READ, P2P_NVLINK = 0, 2  # NVML_P2P_CAPS_INDEX_*; in pynvml the constant for READ is a tuple by mistake
 
@@ -98,9 +98,9 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """CUDA_*, NCCL_*, GLOO_*, PYTORCH_*, TORCH_* and OMP_NUM_THREADS; what may be a secret is replaced by "***"."""
+    """CUDA_*, NCCL_*, GLOO_*, PYTORCH_*, TORCH_* and OMP_NUM_THREADS; secrets are replaced by "***"."""
     return {
-        name: "***" if SECRET_NAMES.search(name.upper()) else CREDENTIALS.sub("***", value)
+        name: "***" if SECRET_NAMES.search(name.upper()) else without_password(value)
         for name, value in sorted(environment.items())
         if VARIABLES.fullmatch(name)
     }

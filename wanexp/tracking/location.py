@@ -27,6 +27,7 @@ STORES = (
 )  # what MLflow takes before the colon
 WITHOUT_COLON = ("databricks", "databricks-uc", "uc")
 CREDENTIALS = re.compile(r'(?<=://)[^\s/?#"]*@')  # user:password@ of an address
+SECRETS = re.compile(r"""([?&]\w*(?:password|passwd|pwd|token)=)[^\s&#"'\\]*""", re.IGNORECASE)  # of a query
 UI_HOST = "127.0.0.1"
 UI_PORT = 5000
 WORKFLOW = "workflowType=machine_learning"  # without it MLflow's UI opens on an empty GenAI page
@@ -71,8 +72,8 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def without_password(text: str) -> str:
-    """`text` without the user and password of any address in it, fit for printing and keeping."""
-    return CREDENTIALS.sub("", text)
+    """`text` without the user, password and token of any address in it, fit for printing and keeping."""
+    return SECRETS.sub(r"\1", CREDENTIALS.sub("", text))
 
 
 def run_link(uri: str, experiment_id: str, run_id: str) -> str | None:

@@ -73,16 +73,20 @@ def serve(uri: str, experiment: str, port: int | None, *, open_browser: bool) ->
         if importlib.util.find_spec(module) is None:
             raise UserError(f"the UI needs {package}; pip install mlflow")
     port = free_port(port)
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command = [sys.executable, "-m", "mlflow", "server"]
     command += ["--host", UI_HOST, "--port", str(port), "--workers", "1"]
+    store = {"MLFLOW_BACKEND_STORE_URI": uri}  # `ps` shows everybody the arguments
     base = f"http://{UI_HOST}:{port}"
     print(f"starting MLflow on {base} for {without_password(uri)} ...", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):  # the server must not outlive this process
+    numbers = [signal.SIGINT, signal.SIGTERM]  # the server must not outlive this process
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         signal.signal(number, _interrupt)
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(
             command,
-            env=os.environ | SERVER_ENVIRONMENT,
+            env=os.environ | SERVER_ENVIRONMENT | store,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
