@@ -191,10 +191,12 @@ def test_uri(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert location.resolve_uri("sqlite:///mlflow.db") == default
     with pytest.raises(UserError):
         location.resolve_uri("sqlite:///:memory:")
-    for uri in ("sqlite+pysqlite:///x.db", "postgresql+psycopg://host/db", "file:///runs", "databricks"):
+    for uri in ("sqlite+pysqlite:///x.db", "postgresql+psycopg://host/db", "databricks"):
         assert location.resolve_uri(uri) == uri
     with pytest.raises(UserError, match=r"tracking\.uri is 'foo'; write sqlite:///mlflow\.db or http://127"):
         location.resolve_uri("foo")
+    with pytest.raises(UserError, match=r"tracking\.uri is 'file:///runs'; write sqlite"):
+        location.resolve_uri("file:///runs")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlruns")
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is 'mlruns'; write"):
         location.resolve_uri(None)

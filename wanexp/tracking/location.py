@@ -16,15 +16,8 @@ from wanexp.errors import UserError
 
 SQLITE = "sqlite:///"
 DEFAULT_URI = "sqlite:///mlflow.db"
-STORES = (
-    "sqlite",
-    "postgresql",
-    "mysql",
-    "mssql",
-    "http",
-    "https",
-    "file",
-)  # what MLflow takes before the colon
+# What MLflow takes before the colon; not file: for it refuses folders, unless MLFLOW_ALLOW_FILE_STORE is set.
+STORES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
 WITHOUT_COLON = ("databricks", "databricks-uc", "uc")
 CREDENTIALS = re.compile(r'(?<=://)[^\s/?#"]*@')  # user:password@ of an address
 SECRETS = re.compile(r"""([?&]\w*(?:password|passwd|pwd|token)=)[^\s&#"'\\]*""", re.IGNORECASE)  # of a query
