@@ -493,3 +493,10 @@ def test_options_may_follow_overrides():
         "a=1",
     ]
     assert options_first(["a=1", "--config-dir"]) == ["--config-dir", "a=1"]
+    assert options_first(["a=1", "--experimental-rerun", "x"]) == ["--experimental-rerun", "x", "a=1"]
+
+
+def test_info_takes_no_override_for_its_value():
+    assert program.options_first(["a=1", "--info"]) == ["--info=all", "a=1"]
+    assert program.options_first(["-i", "a=1"]) == ["--info=all", "a=1"]
+    assert program.options_first(["--info", "defaults", "a=1"]) == ["--info=defaults", "a=1"]

@@ -42,7 +42,9 @@ OPTIONS_WITH_VALUE = {
     "-cn",
     "--config-dir",
     "-cd",
+    "--experimental-rerun",
 }
+INFO_CHOICES = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}  # of Hydra's --info
 
 # What the system says of a folder that cannot be the run's
 UNWRITABLE = {
@@ -92,14 +94,18 @@ def main() -> int:
 def options_first(arguments: Sequence[str]) -> list[str]:
     """The same command line with its options before its overrides, the only order that Hydra's parser takes."""
     options, overrides = [], []
-    rest = iter(arguments)
-    for argument in rest:
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
         if not argument.startswith("-"):
             overrides.append(argument)
-            continue
-        options.append(argument)
-        if argument in OPTIONS_WITH_VALUE:
-            options += [value for value in [next(rest, None)] if value is not None]
+        elif argument in ("--info", "-i"):  # its value may be left out: it would take the first override instead
+            value = rest.pop(0) if rest and rest[0] in INFO_CHOICES else "all"
+            options.append(f"--info={value}")
+        else:
+            options.append(argument)
+            if argument in OPTIONS_WITH_VALUE and rest:
+                options.append(rest.pop(0))
     return options + overrides
 
 
