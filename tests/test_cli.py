@@ -194,7 +194,7 @@ ERRORS = [
     (["task=plan", "seed=1,2"], "seed=1,2 names several values, and task=plan prints one plan; write one of"),
     (
         ["-m", "sweep_name=a,b"],
-        "sweep_name has several values; a sweep has one folder: write sweep_name=NAME",
+        "sweep_name has several values (of several +sweep, too); a sweep has one folder: write one +sweep, or",
     ),
     (["hardware.device.memory_gib=24"], "hardware.device is null here; write +hardware/device=NAME first"),
     (["--config-dir=nowhere"], "nowhere' not found"),
