@@ -118,6 +118,11 @@ def test_sigterm_ends_a_background_job_whose_ctrl_c_is_ignored(cli):
             signal.signal(number, handler)
 
 
+def test_a_run_whose_output_finds_no_space_ends_in_one_line(cli, runner):
+    runner.ending = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert cli() == (1, "", "error: cannot write the output: No space left on device\n")
+
+
 def test_a_mistake_of_ours_keeps_its_traceback(cli, runner):
     runner.ending = ValueError("ours")
     with pytest.raises(ValueError, match="ours"):
@@ -275,7 +280,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(cli, runner, tmp_path, fold
         ),
         (errno.EROFS, "/x", 2, "cannot write /x: Read-only file system; run where you may write"),
         (errno.ENOSPC, "/x", 1, "cannot write /x: No space left on device\n"),
-        (errno.ENOSPC, None, 1, "cannot write the run's folder: No space left on device\n"),
+        (errno.ENOSPC, None, 1, "cannot write the output: No space left on device\n"),
         (errno.EACCES, __file__, 2, f"cannot read {__file__}: Permission denied; make it readable\n"),
     ],
 )

@@ -86,6 +86,8 @@ def main() -> int:
             return _system_error(error)
         return _user_error(error, message)
     if failure is not None:  # of the run, where any other error is our own mistake
+        if isinstance(failure, OSError) and not wants_traceback:  # such as of a full disk below stdout
+            return _system_error(failure)
         is_user_error = isinstance(failure, UserError) and not wants_traceback
         return _user_error(failure, str(failure) if is_user_error else None)
     return code
@@ -129,7 +131,7 @@ def _user_error(error: Exception, message: str | None) -> int:
 
 def _system_error(error: OSError) -> int:
     """Print what the system refused: code 2 where another folder helps, 1 for any other, such as a full disk."""
-    place, reason = error.filename or "the run's folder", error.strerror or error
+    place, reason = error.filename or "the output", error.strerror or error
     if os.access(place, os.F_OK) and Path(place).is_file() and not os.access(place, os.R_OK):  # a config file
         print(f"error: cannot read {place}: {reason}; make it readable", file=sys.stderr)
         return 2
@@ -192,6 +194,7 @@ def _execute(config: DictConfig, sweep: SweepCell | None) -> Record | None:
             from wanexp.plan_task import print_plan  # rich is slow to import
 
             print_plan(run_config)
+            sys.stdout.flush()  # what cannot be written is an error here, not at the interpreter's end
         else:
             from wanexp.runner import run  # torch and rich are slow to import
 
