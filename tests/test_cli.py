@@ -183,6 +183,14 @@ ERRORS = [
     (["+seed=3"], "seed exists already; write seed=VALUE without the plus"),
     (["model=tiny,wan2.1_t2v_14b"], "names several values; add -m to sweep over them"),
     (["gpus=[0"], "gpus=[0 cannot be read"),
+    (
+        ["checkpoint=/tmp/my models (x)/a.safetensors"],
+        "write it with quotes inside: \"checkpoint='/tmp/my models (x)/a.safetensors'\"",
+    ),
+    (
+        ["-m", "workload.num_steps=interval(1,3)"],
+        "workload.num_steps=interval(1,3) does not say which values; write a list such as 1,2,3 or range(1,4)",
+    ),
     (["verify"], "'verify' is not of the form key=value; write verify=VALUE"),
     (["model=null"], "model 'null' does not exist; write one of: tiny, wan2.1_flf2v_14b"),
     (["workload=5"], "workload '5' does not exist; write one of: denoise, train"),
