@@ -101,7 +101,10 @@ def options_first(arguments: Sequence[str]) -> list[str]:
         argument = rest.pop(0)
         if not argument.startswith("-"):
             overrides.append(argument)
-        elif argument in ("--info", "-i"):  # its value may be left out: it would take the first override instead
+        elif argument in (
+            "--info",
+            "-i",
+        ):  # its value may be left out: it would take the first override instead
             value = rest.pop(0) if rest and rest[0] in INFO_CHOICES else "all"
             options.append(f"--info={value}")
         else:

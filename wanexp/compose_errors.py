@@ -86,8 +86,12 @@ def _bad_syntax(error: OverrideParseException) -> str:
     reason = reason.split(" expecting {")[0]  # it goes on with names of the grammar
     reason = f" ({reason})" if reason else ""
     key, _, value = override.partition("=")
-    if value and not value.startswith(("[", "{")) and "'" not in value:  # a path, say, with a space or a bracket
-        return _one_line(f"{override} cannot be read{reason}; write it with quotes inside: \"{key}='{value}'\"")
+    if (
+        value and not value.startswith(("[", "{")) and "'" not in value
+    ):  # a path, say, with a space or a bracket
+        return _one_line(
+            f"{override} cannot be read{reason}; write it with quotes inside: \"{key}='{value}'\""
+        )
     return _one_line(
         f"{override} cannot be read{reason}; write key=value, in quotes for a list: 'gpus=[0,1]'"
     )

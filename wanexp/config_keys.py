@@ -64,7 +64,9 @@ def group_message(schema: type, key: str, found: object) -> str | None:
         group = nested
     names = [item.name for item in fields(group)]
     keys = ", ".join(names)
-    return f"{key} is '{found}' and holds several keys; write {key}.{first_setting(group)}=VALUE (keys: {keys})"
+    return (
+        f"{key} is '{found}' and holds several keys; write {key}.{first_setting(group)}=VALUE (keys: {keys})"
+    )
 
 
 def first_setting(group: type) -> str:

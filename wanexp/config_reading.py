@@ -252,9 +252,7 @@ def _check_model(model: ModelConfig) -> None:
             "257 (one image) or 514 (two)"
         )
     if model.architecture.freq_dim % 2:  # half are sines, half cosines
-        raise UserError(
-            f"model.architecture.freq_dim is {model.architecture.freq_dim}; write an even number"
-        )
+        raise UserError(f"model.architecture.freq_dim is {model.architecture.freq_dim}; write an even number")
 
 
 def _check_video(video: VideoConfig, model: ModelConfig) -> None:

@@ -158,7 +158,10 @@ def test_rerun_takes_changes_and_records_them(working_folder: Path, monkeypatch:
         ),
         ("workload.num_steps=x", "workload.num_steps: Value 'x'"),
         ("workload.num_steps=0", "workload.num_steps is 0; write 1 or more"),
-        ("model=tiny", "model is a group, chosen by python -m wanexp model=tiny; rerun takes single settings"),
+        (
+            "model=tiny",
+            "model is a group, chosen by python -m wanexp model=tiny; rerun takes single settings",
+        ),
         (
             "precision.name=fp8",
             "precision is a group, chosen by python -m wanexp precision=fp8; rerun takes single settings, such as "

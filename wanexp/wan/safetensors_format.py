@@ -108,7 +108,9 @@ def _check_start(file: Path, start: bytes) -> None:
     if not start:
         raise CheckpointError(f"{file} is empty; download or copy it again")
     if len(start) < 8:
-        raise CheckpointError(f"{file} has {len(start)} bytes, too few for a header; download or copy it again")
+        raise CheckpointError(
+            f"{file} has {len(start)} bytes, too few for a header; download or copy it again"
+        )
 
 
 def part_bytes(stored: StoredTensor, part: Part | None = None) -> int:
