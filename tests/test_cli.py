@@ -118,6 +118,11 @@ def test_sigterm_ends_a_background_job_whose_ctrl_c_is_ignored(cli):
             signal.signal(number, handler)
 
 
+def test_a_run_whose_output_finds_no_space_ends_in_one_line(cli, runner):
+    runner.ending = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert cli() == (1, "", "error: cannot write the output: No space left on device\n")
+
+
 def test_a_mistake_of_ours_keeps_its_traceback(cli, runner):
     runner.ending = ValueError("ours")
     with pytest.raises(ValueError, match="ours"):
@@ -178,6 +183,14 @@ ERRORS = [
     (["+seed=3"], "seed exists already; write seed=VALUE without the plus"),
     (["model=tiny,wan2.1_t2v_14b"], "names several values; add -m to sweep over them"),
     (["gpus=[0"], "gpus=[0 cannot be read"),
+    (
+        ["checkpoint=/tmp/my models (x)/a.safetensors"],
+        "write it with quotes inside: \"checkpoint='/tmp/my models (x)/a.safetensors'\"",
+    ),
+    (
+        ["-m", "workload.num_steps=interval(1,3)"],
+        "workload.num_steps=interval(1,3) does not say which values; write a list such as 1,2,3 or range(1,4)",
+    ),
     (["verify"], "'verify' is not of the form key=value; write verify=VALUE"),
     (["model=null"], "model 'null' does not exist; write one of: tiny, wan2.1_flf2v_14b"),
     (["workload=5"], "workload '5' does not exist; write one of: denoise, train"),
@@ -194,7 +207,7 @@ ERRORS = [
     (["task=plan", "seed=1,2"], "seed=1,2 names several values, and task=plan prints one plan; write one of"),
     (
         ["-m", "sweep_name=a,b"],
-        "sweep_name has several values; a sweep has one folder: write sweep_name=NAME",
+        "sweep_name has several values (of several +sweep, too); a sweep has one folder: write one +sweep, or",
     ),
     (["hardware.device.memory_gib=24"], "hardware.device is null here; write +hardware/device=NAME first"),
     (["--config-dir=nowhere"], "nowhere' not found"),
@@ -275,7 +288,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(cli, runner, tmp_path, fold
         ),
         (errno.EROFS, "/x", 2, "cannot write /x: Read-only file system; run where you may write"),
         (errno.ENOSPC, "/x", 1, "cannot write /x: No space left on device\n"),
-        (errno.ENOSPC, None, 1, "cannot write the run's folder: No space left on device\n"),
+        (errno.ENOSPC, None, 1, "cannot write the output: No space left on device\n"),
         (errno.EACCES, __file__, 2, f"cannot read {__file__}: Permission denied; make it readable\n"),
     ],
 )
@@ -493,3 +506,10 @@ def test_options_may_follow_overrides():
         "a=1",
     ]
     assert options_first(["a=1", "--config-dir"]) == ["--config-dir", "a=1"]
+    assert options_first(["a=1", "--experimental-rerun", "x"]) == ["--experimental-rerun", "x", "a=1"]
+
+
+def test_info_takes_no_override_for_its_value():
+    assert program.options_first(["a=1", "--info"]) == ["--info=all", "a=1"]
+    assert program.options_first(["-i", "a=1"]) == ["--info=all", "a=1"]
+    assert program.options_first(["--info", "defaults", "a=1"]) == ["--info=defaults", "a=1"]

@@ -207,6 +207,13 @@ def test_the_mlperf_experiment_is_the_benchmark():
         ("sweep_name=runs", "sweep_name is 'runs'"),
         ("limits.run_s=inf", "limits.run_s is inf; write a finite number"),
         ("limits.stall_s=0", "limits.stall_s is 0.0; write a number above 0"),
+        ("limits.run_s=1e11", "limits.run_s is 1e+11; write 1e9 or less, in seconds"),
+        ("limits.stall_s=1e11", "limits.stall_s is 1e+11; write 1e9 or less, in seconds"),
+        ("model.architecture.freq_dim=255", "model.architecture.freq_dim is 255; write an even number"),
+        (
+            "hardware=2x_h200 hardware.device.attention_kernel=fa",
+            "hardware.device.attention_kernel 'fa' does not exist (did you mean fa4?); write one of: auto",
+        ),
         ("model.num_experts=2", "model.expert_boundary is null|model.expert_boundary=0.875"),
         ("model.num_experts=3 model.expert_boundary=0.9", "model.num_experts is 3; write 1, or 2"),
         ("tracking.uri='http://[::1:5000'", "tracking.uri is no address"),

@@ -244,6 +244,13 @@ def test_end_table_of_a_failure():
     assert "Hint          spread the weights" in text
 
 
+def test_a_failure_without_a_traceback_has_no_heading():
+    screen = Screen()
+    error = {"rank": 1, "type": "ProcessEnded", "traceback": ""}
+    screen.console.end_table(record(outcome="crashed", message="rank 1 was killed", error=error))
+    assert "rank 1 was killed" in screen.text() and "failed first" not in screen.text()
+
+
 @pytest.mark.parametrize("outcome", ["infeasible", "oom"])
 def test_on_logical_devices_nobody_is_told_to_take_more_of_them(outcome):
     screen = Screen()

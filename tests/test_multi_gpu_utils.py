@@ -195,6 +195,8 @@ def test_a_memory_size_that_is_none(small, vram):
 def test_a_missing_checkpoint_is_an_error():
     with pytest.raises(CheckpointError, match=r"no checkpoint at path/to/your/model\.safetensors"):
         api.setup_optimal_parallelism("path/to/your/model.safetensors")
+    with pytest.raises(UserError, match="path is a NoneType; write that of a checkpoint"):
+        api.setup_optimal_parallelism(None)
 
 
 # validate_gpu_setup and print_gpu_status
@@ -338,10 +340,15 @@ def test_a_monitor_samples_the_gpus_that_torch_uses(monkeypatch):
     }
 
 
-@pytest.mark.parametrize("times", [(0, 1), (-1, 1), (float("nan"), 1), (1, -1)])
+@pytest.mark.parametrize("times", [(0, 1), (-1, 1), (float("nan"), 1), (1, -1), ("a", 1), (1, None)])
 def test_times_that_make_no_sense(times):
     with pytest.raises(UserError, match="number of seconds"):
         api.monitor_memory_usage(nn.Linear(1, 1), *times)
+
+
+def test_a_monitor_of_no_model():
+    with pytest.raises(UserError, match=r"model is a NoneType; give a torch\.nn\.Module"):
+        api.monitor_memory_usage(None)
 
 
 # benchmark_multi_gpu_performance

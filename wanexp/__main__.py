@@ -42,7 +42,9 @@ OPTIONS_WITH_VALUE = {
     "-cn",
     "--config-dir",
     "-cd",
+    "--experimental-rerun",
 }
+INFO_CHOICES = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}  # of Hydra's --info
 
 # What the system says of a folder that cannot be the run's
 UNWRITABLE = {
@@ -84,6 +86,8 @@ def main() -> int:
             return _system_error(error)
         return _user_error(error, message)
     if failure is not None:  # of the run, where any other error is our own mistake
+        if isinstance(failure, OSError) and not wants_traceback:  # such as of a full disk below stdout
+            return _system_error(failure)
         is_user_error = isinstance(failure, UserError) and not wants_traceback
         return _user_error(failure, str(failure) if is_user_error else None)
     return code
@@ -92,14 +96,21 @@ def main() -> int:
 def options_first(arguments: Sequence[str]) -> list[str]:
     """The same command line with its options before its overrides, the only order that Hydra's parser takes."""
     options, overrides = [], []
-    rest = iter(arguments)
-    for argument in rest:
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
         if not argument.startswith("-"):
             overrides.append(argument)
-            continue
-        options.append(argument)
-        if argument in OPTIONS_WITH_VALUE:
-            options += [value for value in [next(rest, None)] if value is not None]
+        elif argument in (
+            "--info",
+            "-i",
+        ):  # its value may be left out: it would take the first override instead
+            value = rest.pop(0) if rest and rest[0] in INFO_CHOICES else "all"
+            options.append(f"--info={value}")
+        else:
+            options.append(argument)
+            if argument in OPTIONS_WITH_VALUE and rest:
+                options.append(rest.pop(0))
     return options + overrides
 
 
@@ -123,7 +134,7 @@ def _user_error(error: Exception, message: str | None) -> int:
 
 def _system_error(error: OSError) -> int:
     """Print what the system refused: code 2 where another folder helps, 1 for any other, such as a full disk."""
-    place, reason = error.filename or "the run's folder", error.strerror or error
+    place, reason = error.filename or "the output", error.strerror or error
     if os.access(place, os.F_OK) and Path(place).is_file() and not os.access(place, os.R_OK):  # a config file
         print(f"error: cannot read {place}: {reason}; make it readable", file=sys.stderr)
         return 2
@@ -186,6 +197,7 @@ def _execute(config: DictConfig, sweep: SweepCell | None) -> Record | None:
             from wanexp.plan_task import print_plan  # rich is slow to import
 
             print_plan(run_config)
+            sys.stdout.flush()  # what cannot be written is an error here, not at the interpreter's end
         else:
             from wanexp.runner import run  # torch and rich are slow to import
 

@@ -60,6 +60,8 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
         return _below_null(error)
     if isinstance(error, ValueError) and "Config group override must be" in str(error):
         return _no_name_of_a_group(arguments)
+    if isinstance(error, HydraException) and "does not support sweep type" in str(error):
+        return _no_list(arguments)
     if isinstance(error, HydraException | ValueError):
         return _one_line(_first_line(error))
     return None
@@ -83,6 +85,13 @@ def _bad_syntax(error: OverrideParseException) -> str:
     reason = _first_line(error).removeprefix(f"Error parsing override '{override}'")
     reason = reason.split(" expecting {")[0]  # it goes on with names of the grammar
     reason = f" ({reason})" if reason else ""
+    key, _, value = override.partition("=")
+    if (
+        value and not value.startswith(("[", "{")) and "'" not in value
+    ):  # a path, say, with a space or a bracket
+        return _one_line(
+            f"{override} cannot be read{reason}; write it with quotes inside: \"{key}='{value}'\""
+        )
     return _one_line(
         f"{override} cannot be read{reason}; write key=value, in quotes for a list: 'gpus=[0,1]'"
     )
@@ -99,6 +108,12 @@ def _no_name_of_a_group(arguments: Sequence[str]) -> str:
                 options = sorted(path.stem for path in group.glob("*.yaml"))
                 return unknown_choice_message(override.key_or_group, value, options)
     return "a config group is set to something else than a name; write the name of one of its options"
+
+
+def _no_list(arguments: Sequence[str]) -> str:
+    """Hydra's sweeper names only the kind of the sweep: an interval, which is for sweepers that search."""
+    found = next((argument for argument in arguments if "interval(" in argument), "an interval")
+    return _one_line(f"{found} does not say which values; write a list such as 1,2,3 or range(1,4)")
 
 
 def _bad_composition(error: ConfigCompositionException, arguments: Sequence[str]) -> str:

@@ -64,7 +64,14 @@ def group_message(schema: type, key: str, found: object) -> str | None:
         group = nested
     names = [item.name for item in fields(group)]
     keys = ", ".join(names)
-    return f"{key} is '{found}' and holds several keys; write {key}.{names[0]}=VALUE (keys: {keys})"
+    return (
+        f"{key} is '{found}' and holds several keys; write {key}.{first_setting(group)}=VALUE (keys: {keys})"
+    )
+
+
+def first_setting(group: type) -> str:
+    """The first key of a group that sets something: a name says only which file the others came from."""
+    return next(item.name for item in fields(group) if item.name not in ("name", "mode"))
 
 
 def omegaconf_message(error: OmegaConfBaseException) -> str:

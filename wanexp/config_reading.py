@@ -51,6 +51,8 @@ from wanexp.tracking.location import resolve_uri
 from wanexp.wan.architecture import PATCH_SIZE
 from wanexp.workloads.sizes import num_tokens
 
+MAX_LIMIT_S = 1e9  # far more overflows the timeouts of torch and of the system
+
 
 def to_run_config(config: DictConfig) -> RunConfig:
     """The composed config as dataclasses, checked. Raises UserError for the first thing that is wrong."""
@@ -169,6 +171,9 @@ def _check(config: RunConfig) -> None:
         ]
         if device.link is not None and device.link not in LINKS:
             raise UserError(unknown_choice_message("hardware.device.link", device.link, LINKS))
+        if device.attention_kernel not in ATTENTIONS:
+            key = "hardware.device.attention_kernel"
+            raise UserError(unknown_choice_message(key, device.attention_kernel, ATTENTIONS))
     if hardware.enforce_memory and (hardware.device is None or hardware.device.memory_gib is None):
         raise UserError(
             f"hardware.enforce_memory is true and hardware={hardware.name} has no memory_gib; choose a named "
@@ -177,6 +182,9 @@ def _check(config: RunConfig) -> None:
     for key, number in above_zero:
         if number is not None and number <= 0:
             raise UserError(f"{key} is {number}; write a number above 0")
+    for key, limit in (("limits.run_s", config.limits.run_s), ("limits.stall_s", config.limits.stall_s)):
+        if limit > MAX_LIMIT_S:
+            raise UserError(f"{key} is {limit:g}; write 1e9 or less, in seconds")
 
     if config.gpus is not None:
         if not config.gpus:
@@ -243,6 +251,8 @@ def _check_model(model: ModelConfig) -> None:
             f"model.architecture.clip_tokens is {model.architecture.clip_tokens}; write 0 (no CLIP tokens), "
             "257 (one image) or 514 (two)"
         )
+    if model.architecture.freq_dim % 2:  # half are sines, half cosines
+        raise UserError(f"model.architecture.freq_dim is {model.architecture.freq_dim}; write an even number")
 
 
 def _check_video(video: VideoConfig, model: ModelConfig) -> None:

@@ -14,11 +14,14 @@ from hydra.errors import OverrideParseException
 
 from wanexp.compose_errors import explain
 from wanexp.config import RunConfig
-from wanexp.config_keys import group_message, unknown_key_message, unknown_keys
+from wanexp.config_keys import first_setting, group_message, unknown_key_message, unknown_keys
 from wanexp.config_reading import run_config_from_dict
 from wanexp.errors import UserError
 from wanexp.record import Record, read_record
 from wanexp.tracking.describe import metrics_of, milliseconds
+
+CONFIG_GROUPS = ("model", "hardware", "parallelism", "workload", "video", "precision", "offload", "tracking")
+NOT_OF_ONE_RUN = ("task", "repeats", "resume", "sweep_name")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,6 +64,10 @@ def changed(requested: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
             nested = {part: nested}
         if unknown_keys(RunConfig, nested):
             raise UserError(unknown_key_message(RunConfig, key))
+        if key in NOT_OF_ONE_RUN:
+            raise UserError(f"rerun.py makes one run; {key} is not for it: write python -m wanexp {text}")
+        if key.removesuffix(".name") in CONFIG_GROUPS:
+            raise UserError(_named_group_message(key.removesuffix(".name"), value))
         if group := group_message(RunConfig, key, value):
             raise UserError(group)
         place = values
@@ -73,6 +80,16 @@ def changed(requested: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
                 raise UserError(unknown_key_message(RunConfig, key))
         place[name] = value
     return values
+
+
+def _named_group_message(group: str, value: object) -> str:
+    """A new name alone would leave the settings as they are, and the record would lie."""
+    name = value if isinstance(value, str) else "NAME"
+    setting = first_setting(type(getattr(RunConfig(), group)))
+    return (
+        f"{group} is a group, chosen by python -m wanexp {group}={name}; "
+        f"rerun takes single settings, such as {group}.{setting}=VALUE"
+    )
 
 
 def new_folder(config: RunConfig) -> Path:

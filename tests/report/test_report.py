@@ -215,6 +215,8 @@ def test_many_rows_are_cut_and_said() -> None:
     assert f"first {MAX_ROWS} of {MAX_ROWS + 5} cells" in texts_of(
         figures_speed.times(cells_of(records), "latency")
     )
+    page = (SCRIPT.parents[1] / "docs" / "reviewing.md").read_text(encoding="utf-8")
+    assert f"Figures show at most {MAX_ROWS} rows" in page
 
 
 @pytest.mark.parametrize("outcome", OUTCOMES)

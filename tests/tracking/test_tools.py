@@ -158,7 +158,19 @@ def test_rerun_takes_changes_and_records_them(working_folder: Path, monkeypatch:
         ),
         ("workload.num_steps=x", "workload.num_steps: Value 'x'"),
         ("workload.num_steps=0", "workload.num_steps is 0; write 1 or more"),
-        ("model=tiny", "model is 'tiny' and holds several keys; write model.name=VALUE (keys: "),
+        (
+            "model=tiny",
+            "model is a group, chosen by python -m wanexp model=tiny; rerun takes single settings",
+        ),
+        (
+            "precision.name=fp8",
+            "precision is a group, chosen by python -m wanexp precision=fp8; rerun takes single settings, such as "
+            "precision.dtype=VALUE",
+        ),
+        ("tracking=null", "tracking is a group, chosen by python -m wanexp tracking=NAME; rerun takes"),
+        ("limits=5", "limits is '5' and holds several keys; write limits.run_s=VALUE"),
+        ("task=plan", "rerun.py makes one run; task is not for it: write python -m wanexp task=plan"),
+        ("repeats=3", "rerun.py makes one run; repeats is not for it"),
         ("seed=1,2", "seed=1,2 is no change of a single value; write seed=VALUE"),
         ("~seed", "~seed is no change of a single value; write seed=VALUE"),
         ("seed", "'seed' is not of the form key=value; write seed=VALUE"),

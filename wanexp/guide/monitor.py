@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -41,10 +42,12 @@ class MemoryMonitor(threading.Thread):
 
     def __init__(self, model: "nn.Module", interval: float, duration: float) -> None:
         super().__init__(name="wanexp-memory", daemon=True)
-        if not interval > 0:
-            raise UserError(f"interval is {interval}; write a number of seconds above 0")
-        if not duration >= 0:
-            raise UserError(f"duration is {duration}; write a number of seconds of 0 or more")
+        if not hasattr(model, "parameters"):
+            raise UserError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+        if not _is_number(interval) or not interval > 0:
+            raise UserError(f"interval is {interval!r}; write a number of seconds above 0")
+        if not _is_number(duration) or not duration >= 0:
+            raise UserError(f"duration is {duration!r}; write a number of seconds of 0 or more")
         self.interval, self.duration = interval, duration
         self.samples: list[MemorySample] = []
         self._model = weakref.ref(model)  # a monitor must not keep gigabytes alive
@@ -121,11 +124,16 @@ class MemoryMonitor(threading.Thread):
         return numbers if used is None else numbers | {"nvml_used": used}
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def monitor_memory_usage(model: "nn.Module", interval: float = 5.0, duration: float = 60.0) -> MemoryMonitor:
     """Start to watch memory every `interval` seconds for `duration` seconds, and return at once.
 
     The handle is a daemon thread that ends by itself; `stop()` ends it early, `samples`, `peaks()` and `block_devices`
-    read it, during and after. It holds no reference to the model. Raises UserError for times that make no sense.
+    read it, during and after. It holds no reference to the model. Raises UserError for what is no model, and
+    for times that make no sense.
     """
     monitor = MemoryMonitor(model, interval, duration)
     monitor.start()

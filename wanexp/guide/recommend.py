@@ -57,6 +57,10 @@ def setup_optimal_parallelism(
 
     Raises UserError for a missing or unreadable checkpoint and for an available_vram that is no memory size.
     """
+    if not isinstance(path, str | Path):
+        raise UserError(
+            f"path is a {type(path).__name__}; write that of a checkpoint, or a model such as wan2.1_t2v_14b"
+        )
     if str(path) in choices("model"):
         experts, model = [], [f"model={path}"]
     else:

@@ -53,7 +53,10 @@ class CellComposer:
         """Forecast and fingerprint `run`. Raises UserError for what could only fail, here and not halfway."""
         # Hydra leaves what is swept over out of the sweep's own config
         if settings.sweep_name != self._config.sweep_name:
-            raise UserError("sweep_name has several values; a sweep has one folder: write sweep_name=NAME")
+            raise UserError(
+                "sweep_name has several values (of several +sweep, too); a sweep has one folder: write one +sweep, "
+                "or sweep_name=NAME"
+            )
         if settings.task == "plan":
             raise UserError("task=plan prints one plan and runs nothing; leave out -m and +sweep")
         run.forecast = self._forecast(settings)

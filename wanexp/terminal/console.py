@@ -144,10 +144,12 @@ class Console:
                 self.rich.print(Text.assemble(f"{where}: ", outcome, f": {record.message}"))
 
     def _failure(self, error: Mapping[str, Any]) -> None:
+        lines = str(error.get("traceback") or "").rstrip().splitlines()
+        if not lines:  # such as of a process that the system killed
+            return
         kind = f" ({error['type']})" if error.get("type") else ""
         who = "wanexp itself failed" if error.get("rank") is None else f"Rank {error['rank']} failed first"
         self.rich.print(Text(f"{who}{kind}:", style="red"))
-        lines = str(error.get("traceback") or "").rstrip().splitlines()
         if len(lines) > TRACEBACK_LINES:
             self._line("  ... (all of it is in the record)")
         for line in lines[-TRACEBACK_LINES:]:

@@ -24,6 +24,7 @@ from wanexp.wan.part import Part
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_AXES = 8
+LFS_POINTER = b"version https://git-lfs"  # what such a pointer begins with
 SHORT_ROW_BYTES = 2**20
 
 TORCH_DTYPES = {
@@ -74,8 +75,10 @@ def read_header(file: Path) -> Header:
     try:
         file_bytes = file.stat().st_size
         with file.open("rb") as stream:
-            start = stream.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            start = stream.read(len(LFS_POINTER))
+            _check_start(file, start)
+            length = struct.unpack("<Q", start[:8])[0]
+            stream.seek(8)
             if not 2 <= length <= MAX_HEADER_BYTES:
                 raise CheckpointError(
                     f"{file} is not a safetensors file: its header claims {length} bytes "
@@ -96,6 +99,18 @@ def read_header(file: Path) -> Header:
     tensors = {name: _stored_tensor(file, name, entry, data_start) for name, entry in content.items()}
     _check_places(file, tensors, file_bytes)
     return Header(tensors, metadata, raw, file_bytes)
+
+
+def _check_start(file: Path, start: bytes) -> None:
+    """Raises CheckpointError where the first bytes hold no length of a header."""
+    if start == LFS_POINTER:
+        raise CheckpointError(f"{file} is a Git LFS pointer; run git lfs pull")
+    if not start:
+        raise CheckpointError(f"{file} is empty; download or copy it again")
+    if len(start) < 8:
+        raise CheckpointError(
+            f"{file} has {len(start)} bytes, too few for a header; download or copy it again"
+        )
 
 
 def part_bytes(stored: StoredTensor, part: Part | None = None) -> int:
