@@ -301,3 +301,18 @@ def test_workers_do_not_survive_a_parent_that_is_killed(command):
     os.kill(running.process.pid, signal.SIGKILL)
     running.process.wait(timeout=30)
     assert_gone(everyone)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_spin_briefly_unless_the_user_says_how(
+    given, expected, run_config, tmp_path, monkeypatch
+):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    make_job(run_config(), tmp_path).preload()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected

@@ -1,5 +1,7 @@
 """What a launch hands to every rank: plain data that travels to the worker processes."""
 
+import multiprocessing
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,3 +44,12 @@ class Job:
             or self.plan.layout.shard > 1
         )
         return ["wanexp.preload", *(["torch._dynamo"] if uses_compiler else [])]
+
+    def preload(self) -> None:
+        """Have the server that ranks are forked from load `modules`, once it begins, with threads that wait briefly.
+
+        Threads of GNU OpenMP otherwise spin for so long that on CPUs a step takes many times as long beside other work.
+        """
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        multiprocessing.set_forkserver_preload(self.modules)

@@ -7,7 +7,6 @@ Workers end with the parent, however it ends (wanexp/worker.py).
 """
 
 import logging
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -73,7 +72,7 @@ class Launched:
 def launch(job: Job, *, on_event: Callable[[Event], None] = lambda _event: None) -> Launched:
     """Run `job` on its ranks and wait. Never raises for what happens inside the ranks, nor for Ctrl-C."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    multiprocessing.set_forkserver_preload(job.modules)
+    job.preload()
     watcher = Watcher(job, on_event)
     num_ranks = job.plan.layout.num_ranks
     for rank in range(num_ranks):  # of an earlier launch in the same folder

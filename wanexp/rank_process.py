@@ -21,7 +21,7 @@ class RankProcess:
         self._job, self._rank = job, rank
         self._tail = EventTail(job.folder, [rank])
         self._unheard: list[Event] = []
-        multiprocessing.set_forkserver_preload(job.modules)
+        job.preload()
         context: Any = multiprocessing.get_context(start_method)
         self._process = context.Process(target=worker.main, args=(job,), name=f"wanexp-rank{rank}")
 

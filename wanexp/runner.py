@@ -429,7 +429,7 @@ def take_telemetry(
     telemetry: TelemetrySampler,
     launched: "Launched",
     *,
-    has_all_devices: bool,
+    has_all_devices: bool = True,
 ) -> None:
     """What the GPUs did during the timed steps into the record's metrics, if a rank got as far as these."""
     if window := _window(launched.reports):
