@@ -450,7 +450,7 @@ def kernels_file(folder: Path) -> Path:
 
 
 def compare(record: Record, case: Case, job: Job, none_number: int | None) -> None:
-    """The distance of the run's answer to mode none's, sample by sample; of mode none itself there is none to take."""
+    """The distance of the run's answer to mode none's, forward by forward; of mode none itself there is none."""
     import torch
 
     from wanexp.measure.parity import FLOWS, compare_answers, read_answer

@@ -164,9 +164,9 @@ def write_table(runs: Runs, out: Path) -> None:
         + "`.",
         "",
         "Step: median of the timed steps; two forwards (guidance). Speed-up: samples a second over the mean of mode "
-        "none on each GPU. Parity: worst relative L2 of the predicted flow against mode none's, sample by sample and, "
-        "where nothing else is said, by the same attention kernels, over as many of the first blocks as the fourth "
-        "part of a --case says; for none, of bf16 against fp32 over its first blocks.",
+        "none on each GPU. Parity: relative L2 of the predicted flow against mode none's, of the worst forward "
+        "and, where nothing else is said, by the same attention kernels, over as many of the first blocks as the "
+        "fourth part of a --case says; for none, of bf16 against fp32 over its first blocks.",
         "",
         "## The best layout of each case",
         "",

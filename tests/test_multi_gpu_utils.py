@@ -498,6 +498,19 @@ def test_a_checkpoint_that_is_there_is_asked(small, model_14b, tmp_path):
     assert api.config_from_guide({"model": "wan2.2_ti2v_5b"}) == ["model=wan2.2_ti2v_5b"]
 
 
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("wan2.1_flf2v_720p_14B_fp16.safetensors", "wan2.1_flf2v_14b"),
+        ("wan2.1_i2v_720p_14B_bf16.safetensors", "wan2.1_i2v_14b_720p"),
+        ("wan2.1_i2v_480p_14B_bf16.safetensors", "wan2.1_i2v_14b_480p"),
+        ("wan2.2_i2v_a14b_720p.safetensors", "wan2.2_i2v_a14b"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_known_by_its_name(name, model):
+    assert f"model={model}" in api.config_from_guide({"model": name})
+
+
 def test_settings_that_are_left_out_are_left_alone():
     assert api.config_from_guide({}) == []
     assert api.config_from_guide({"enable_block_distribution": True, "gpu_ids": [2, 0]}) == [

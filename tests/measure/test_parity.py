@@ -17,6 +17,14 @@ def test_the_worst_relative_error_counts():
     assert found.rel_l2 == pytest.approx(0.1) and not found.bit_equal
 
 
+def test_the_worst_forward_of_any_sample_counts():
+    reference = torch.ones(2, 3, 1, 1, 2, 2)
+    answer = reference.clone()
+    answer[1, 2] += 0.06
+    found = compare_answers({parity.FLOWS: answer}, {parity.FLOWS: reference})
+    assert found.rel_l2 == pytest.approx(0.06, rel=1e-3) and not found.bit_equal
+
+
 def test_one_bit_is_seen():
     reference = {"a": torch.tensor([1.0, 2.0])}
     answer = {"a": torch.nextafter(reference["a"], torch.tensor(9.0))}

@@ -103,7 +103,7 @@ def attend_in_float8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     return out
 
 
-@pytest.mark.parametrize("float8", ["", "layers", "layers and attention"])
+@pytest.mark.parametrize("float8", ["", "layers", "layers and attention", "weights"])
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("dtype", ["bfloat16", "bfloat16, fp32 residual"])
 @pytest.mark.parametrize("per_token", [False, True], ids=["per_sample", "per_token"])
@@ -117,7 +117,7 @@ def test_fused_peak_is_that_of_the_real_transformer(
     model.set_attention("sdpa_flash")
     model.set_kernels("triton")
     if float8:
-        quantize.quantize_linears(model, "fp8")
+        quantize.quantize_linears(model, "fp8_weight" if float8 == "weights" else "fp8")
     for module in model.modules():
         if "attention" in float8 and isinstance(module, Attention):
             module.attend = attend_in_float8
@@ -147,7 +147,8 @@ def test_fused_peak_is_that_of_the_real_transformer(
         residual=4 if residual else 2,
         distinct_timesteps=2 if per_token else 0,
         ffn_chunks=chunks,
-        writes_float8=bool(float8),
+        writes_float8=float8.startswith("layers"),
+        widens_weights=float8 == "weights",
         float8_attention="attention" in float8,
     )
     assert traced_peak(s, fused_activations) == pytest.approx(tracker.peak, rel=0.01)

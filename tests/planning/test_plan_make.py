@@ -4,6 +4,7 @@ import pytest
 
 from tests.conftest import TWO_EXPERTS, Composer, cpu_devices
 from wanexp.errors import LayoutError, UserError
+from wanexp.hardware.devices import Device
 from wanexp.planning.plan import RankPlan, make_plan, reference_plan
 
 
@@ -69,11 +70,31 @@ def test_placements(run_config: Composer, overrides, owner):
             "3 is not a multiple of the 2",
         ),
         (("parallelism=none",), "mode none uses one device"),
+        (("parallelism.pipeline=false",), "data_parallel has no blocks to work at the same time; leave"),
+        (
+            ("offload.buffers=3",),
+            "offload.buffers is 3 and no block is swapped; write offload=block_swap too",
+        ),
     ],
 )
 def test_layouts_that_make_no_sense(run_config: Composer, overrides, words):
     with pytest.raises(LayoutError, match=words):
         make_plan(run_config("parallelism=data_parallel", *overrides), cpu_devices(2))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "words"),
+    [
+        ((8, 6), "bfloat16", "needs float8 units, from compute capability 8.9 on, a GPU has 8.6; write"),
+        ((9, 0), "float16", "computes in bfloat16, precision.dtype is float16; write precision=fp8"),
+    ],
+)
+def test_float8_where_a_gpu_cannot_compute_in_it(run_config: Composer, capability, dtype, words):
+    config = run_config("precision=fp8", f"precision.dtype={dtype}")
+    gpu = Device("cuda", 0, "a GPU", 2**33, 2**33, compute_capability=capability)
+    with pytest.raises(LayoutError, match=words):
+        make_plan(config, [gpu])
+    assert make_plan(run_config("precision=fp8_weight", f"precision.dtype={dtype}"), [gpu]).num_gpus == 1
 
 
 @pytest.mark.parametrize("mode", ["data_parallel", "block_distribution"])

@@ -35,7 +35,7 @@ PACKAGES = (
     "flash-attn-3",
     "flash-attn-4",
 )
-VARIABLES = re.compile(r"(CUDA|NCCL|GLOO|GOMP|OMP|PYTORCH|TORCH)_.*")
+VARIABLES = re.compile(r"(CUDA|NCCL|GLOO|PYTORCH|TORCH)_.*|OMP_NUM_THREADS|OMP_WAIT_POLICY|GOMP_SPINCOUNT")
 SECRET_NAMES = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
 MAX_NVLINKS = 18
 P2P_READ, P2P_NVLINK = 0, 2  # NVML_P2P_CAPS_INDEX_*; in pynvml the constant for READ is a tuple by mistake

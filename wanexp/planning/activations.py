@@ -64,10 +64,9 @@ class Sizes:
         """[batch, tokens, ffn_dim] in the compute dtype (F)."""
         return self.batch * self.tokens * self.arch.ffn_dim * self.compute
 
-    @property
-    def wide_weight(self) -> int:
-        """One of the FFN's weights for its product, where it is kept in 8 bits."""
-        return self.arch.dim * self.arch.ffn_dim * self.compute if self.widens_weights else 0
+    def wide_weight(self, columns: int) -> int:
+        """A weight [dim, columns] or [columns, dim] for its product, where it is kept in 8 bits."""
+        return self.arch.dim * columns * self.compute if self.widens_weights else 0
 
     @property
     def normed(self) -> int:
@@ -266,7 +265,7 @@ def feed_forward(heap: Heap, s: Sizes, consumed: int = 0) -> int:
     """
     parts = []
     for _ in range(s.ffn_chunks):
-        weight = heap.new(s.wide_weight)
+        weight = heap.new(s.wide_weight(s.arch.ffn_dim))
         wide = heap.new(s.inner // s.ffn_chunks)
         heap.free(weight)
         if not consumed:
@@ -279,7 +278,7 @@ def feed_forward(heap: Heap, s: Sizes, consumed: int = 0) -> int:
             narrow = heap.new(s.read_by_layer(s.inner) // s.ffn_chunks)
             heap.free(wide)
             wide = narrow
-        weight = heap.new(s.wide_weight)
+        weight = heap.new(s.wide_weight(s.arch.ffn_dim))
         parts.append(heap.new(s.hidden // s.ffn_chunks))
         heap.free(wide, weight)
     if len(parts) == 1:

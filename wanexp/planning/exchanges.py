@@ -43,8 +43,10 @@ def attended(heap: Heap, s: Sizes, layout: Layout, normed: int = 0, *, copies: b
     own, met = own_bytes(s, layout), met_bytes(s, layout)
     kept, packed = [], []
     for name in ("v", "k", "q"):
+        weight = heap.new(s.wide_weight(own // (s.batch * s.tokens * s.compute)))
         # Fused, q and k are normed and turned where they lie.
         x = heap.new(own) if name == "v" or normed else _turned(heap, s, own)
+        heap.free(weight)
         if name == "q":
             heap.free(normed)
         if layout.ulysses > 1:

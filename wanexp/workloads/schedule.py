@@ -51,6 +51,6 @@ def missed_expert_warning(config: RunConfig) -> str:
         return ""
     steps = config.workload.num_steps
     return (
-        f"{steps} steps reach one of {config.model.num_experts} experts: the other is neither timed nor compared; "
-        f"write more, such as workload.num_steps={2 * steps}"
+        f"workload.num_steps={steps} reaches one of {config.model.num_experts} experts: the other is neither timed nor "
+        f"compared; write more, such as workload.num_steps={2 * steps}"
     )
