@@ -70,7 +70,6 @@ def test_placements(run_config: Composer, overrides, owner):
             "3 is not a multiple of the 2",
         ),
         (("parallelism=none",), "mode none uses one device"),
-        (("parallelism.pipeline=false",), "data_parallel has no blocks to work at the same time; leave"),
         (
             ("offload.buffers=3",),
             "offload.buffers is 3 and no block is swapped; write offload=block_swap too",

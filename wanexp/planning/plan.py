@@ -257,11 +257,6 @@ def _place_blocks(config: RunConfig, layout: Layout, devices: Sequence[Device]) 
             f"{parallelism.mode} has no blocks to place; leave parallelism.block_placement, block_split and "
             "block_chunks out, or write parallelism=block_distribution"
         )
-    if not parallelism.pipeline and "blocks" not in AXES_OF_MODE[parallelism.mode]:
-        raise LayoutError(
-            f"{parallelism.mode} has no blocks to work at the same time; leave parallelism.pipeline out, or write "
-            "parallelism=block_distribution"
-        )
     if parallelism.block_chunks is not None and layout.blocks > 1:
         if parallelism.block_placement != "interleaved" or parallelism.block_split is not None:
             raise LayoutError(
